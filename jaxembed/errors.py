@@ -1,0 +1,9 @@
+"""The one exception that reaches users as a single line and exit code 2."""
+
+
+class UserError(Exception):
+    """A mistake of the user's: a flag, a config field, a file. The message says what is wrong, where, and what to do.
+
+    Commands print it as one line on standard error and leave with exit code 2 (`jaxembed.cli`); nothing else in the
+    package catches it.
+    """
