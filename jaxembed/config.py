@@ -1,0 +1,277 @@
+"""What a run is: frozen dataclasses, made from an `ml_collections.ConfigDict` and refused early when wrong.
+
+Config files start from `default_config()`, so that every field exists and can be set by a flag. `load` turns the
+ConfigDict into a `Config`; after that nothing in the package reads a ConfigDict. This module imports neither jax nor
+any other heavy package: a mistake in a config answers at once.
+"""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jaxembed.errors import UserError
+
+AUTO = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The encoder: where its weights come from, and how token states become one vector."""
+
+    init: str = "scratch"  # 'hf:FOLDER' | 'hf:ORG/NAME@REVISION' | 'run:DIR[@STEP|@best]' | 'scratch'
+    arch: str = AUTO  # backbone family (bert, roberta, xlm-roberta); 'auto' = the checkpoint's own
+    shape: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # for scratch: fields of the Hugging Face config
+    attention: str = "native"  # 'native' = the architecture's own, 'bidirectional' or 'causal'
+    pooling: str = AUTO  # 'mean' | 'cls' | 'last' | 'weighted_mean'; 'auto' = the folder's own, else mean
+    pool_prompt: bool = True  # False leaves the prompt's tokens out of the pooled vector
+    normalize: bool = True  # unit-length vectors
+    projection: int = 0  # width of a linear layer after pooling; 0 = the folder's own, or none
+    dtype: str = "float32"  # of the computation: 'float32' | 'bfloat16'
+    param_dtype: str = "float32"  # of the master weights and the optimizer
+    remat: str = "none"  # what the backward pass recomputes: 'none' | 'dots' (keep matmuls) | 'full'
+    dropout: float = 0.0  # after embeddings and sub-layers
+    attention_dropout: float = 0.0  # of attention weights; needs attention_kernel 'xla'
+    attention_kernel: str = AUTO  # 'xla' | 'pallas' (Triton on GPU, splash on TPU); 'auto' = pallas where it serves
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptConfig:
+    """The text put before a source's texts. 'auto' takes the prompt of that name from `prompts`, else none."""
+
+    query: str = AUTO
+    document: str = AUTO
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """One source of training records."""
+
+    path: str = ""
+    source: str = AUTO  # 'jsonl' | 'parquet'; 'auto' = by the file's name
+    format: str = "jaxembed"  # 'jaxembed' | 'st' | 'flagembedding' | 'tevatron'
+    columns: Mapping[str, str] = dataclasses.field(default_factory=dict)  # our field → the file's column
+    weight: float = 1.0  # how often a record is drawn, relative to records of other sources
+    prompt: PromptConfig = PromptConfig()
+    in_batch: bool = True  # False: only a record's own hard negatives are its negatives
+    negatives_from: str = "source"  # in-batch negatives come from the same 'source' or from 'all'
+
+
+@dataclasses.dataclass(frozen=True)
+class MaxLength:
+    """Longest text in tokens, special tokens and prompt included; 0 = the folder's own limit."""
+
+    query: int = 0
+    document: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Training texts and how they are laid out."""
+
+    train: tuple[SourceConfig, ...] = (SourceConfig(),)
+    max_length: MaxLength = MaxLength()
+    row_length: str = AUTO  # tokens in a packed row; 'auto' = the shortest that serves
+    positives: int = 1  # positives of a record used in a step (drawn anew each time, where it has more)
+    negatives: int = 7  # hard negatives of a record used in a step, at the most
+    cache_dir: str = "~/.cache/jaxembed"
+    on_bad_record: str = "error"  # 'error' | 'skip'
+    prefetch: int = 4  # batches prepared ahead
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """The objective. See `jaxembed.losses` for what each name needs."""
+
+    name: str = "infonce"
+    temperature: float = 0.05
+    learn_temperature: bool = False
+    symmetric: bool = False  # also documents → queries
+    tile: int = 2048  # edge of the tiles of the similarity matrix
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Any optax optimizer by name, its schedule, and what it touches."""
+
+    name: str = "adamw"
+    learning_rate: float = 2e-5
+    schedule: str = "linear"  # after the warm-up: 'constant' | 'linear' | 'cosine', to zero at the last step
+    warmup_steps: int = 0
+    weight_decay: float = 0.01  # not on norms, biases and the temperature
+    clip_norm: float = 1.0  # of the global gradient norm; 0 = off
+    ema: float = 0.0  # decay of averaged weights, which are evaluated and exported; 0 = off
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # further arguments of the optax function
+    by_regex: tuple[tuple[str, float], ...] = ()  # (regex of parameter path, learning-rate multiplier); 0 freezes
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; -1 (once) = what is left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    expert: int = 1
+    sequence: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation during training: at step 0, every `every` steps and at the end."""
+
+    every: int = 0  # 0 = off
+    sts: tuple[str, ...] = ()  # files of sentence1, sentence2, score
+    retrieval: tuple[str, ...] = ()  # BEIR folders
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and what to keep."""
+
+    every: int = 500
+    keep: int = 2  # the newest ones
+    best: str = ""  # also keep the best by this metric, e.g. 'eval/sts/stsb-dev'; needs eval
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    seed: int = 0
+    steps: int = 0  # optimizer steps; or
+    epochs: float = 0.0  # passes over the data
+    batch_size: int = 128  # pairs in the global batch
+    log_every: int = 1
+    model: ModelConfig = ModelConfig()
+    tokenizer: str = AUTO  # 'hf:FOLDER' | 'file:tokenizer.json'; 'auto' = that of model.init
+    data: DataConfig = DataConfig()
+    prompts: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"query": "", "document": ""})
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    grad_cache: int = 1  # micro-batches per step (GradCache); 1 = off
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    export: bool = True  # write WORKDIR/export at the end
+
+
+CHOICES = {
+    "model.attention": ("native", "bidirectional", "causal"),
+    "model.pooling": (AUTO, "mean", "cls", "last", "weighted_mean"),
+    "model.dtype": ("float32", "bfloat16"),
+    "model.param_dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "dots", "full"),
+    "model.attention_kernel": (AUTO, "xla", "pallas"),
+    "data.on_bad_record": ("error", "skip"),
+    "data.train[].source": (AUTO, "jsonl", "parquet"),
+    "data.train[].format": ("jaxembed", "st", "flagembedding", "tevatron"),
+    "data.train[].negatives_from": ("source", "all"),
+    "optimizer.schedule": ("constant", "linear", "cosine"),
+}
+
+
+def default_config() -> ConfigDict:
+    """Returns the defaults as a ConfigDict, for a config file to change."""
+    config = ConfigDict(_as_dict(Config()))
+    config.data.train = tuple(ConfigDict(source) for source in config.data.train)
+    return config
+
+
+def load(config: ConfigDict | Mapping[str, Any]) -> Config:
+    """Turns a ConfigDict into a `Config`.
+
+    Raises:
+      UserError: an unknown field, a wrong type, a value outside its choices, or a set-up that cannot be right.
+    """
+    resolved = _build(Config, config, "")
+    from jaxembed.config_check import check  # the rules are long enough for a file of their own
+
+    check(resolved)
+    return resolved
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """Returns the config as plain JSON-able dicts; `load` takes it back."""
+    return _as_dict(config)
+
+
+def nearest(word: str, known: typing.Iterable[str]) -> str:
+    """Returns ', did you mean X?' for the known word nearest to `word`, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def _as_dict(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {f.name: _as_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {k: _as_dict(v) for k, v in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_as_dict(v) for v in value)
+    return value
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """Checks `value` against the type `kind` and returns it in that type. `where` names the field."""
+    origin = typing.get_origin(kind)
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(kind, value, where)
+    if origin is tuple:
+        return _build_tuple(kind, value, where)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping | ConfigDict):
+            raise _wrong_type(where, "a mapping", value)
+        inner = typing.get_args(kind)[1]
+        items = value.items(preserve_field_references=False) if isinstance(value, ConfigDict) else value.items()
+        return {k: _build(inner, v, f"{where}.{k}") for k, v in items}
+    if kind is Any:
+        return value.to_dict() if isinstance(value, ConfigDict) else value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is str and where == "data.row_length" and isinstance(value, int):
+        return str(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise _wrong_type(where, kind.__name__, value)
+    choices = CHOICES.get(_pattern(where))
+    if choices and value not in choices:
+        raise UserError(f"config.{where}: {value!r} is not one of {', '.join(choices)}{nearest(value, choices)}")
+    return value
+
+
+def _build_dataclass(kind: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(value) and isinstance(value, kind):
+        return value
+    if not isinstance(value, Mapping | ConfigDict):
+        raise _wrong_type(where or "config", "a mapping", value)
+    types = typing.get_type_hints(kind)
+    for key in value:
+        if key not in types:
+            raise UserError(f"config.{_join(where, key)}: no such field{nearest(key, types)}")
+    return kind(**{key: _build(types[key], value[key], _join(where, key)) for key in value})
+
+
+def _build_tuple(kind: Any, value: Any, where: str) -> tuple:
+    if isinstance(value, str) or not isinstance(value, tuple | list):
+        raise _wrong_type(where, "a tuple", value)
+    inner = typing.get_args(kind)
+    if inner[-1] is Ellipsis:
+        return tuple(_build(inner[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if len(inner) != len(value):
+        raise _wrong_type(where, f"{len(inner)} values", value)
+    return tuple(_build(t, item, f"{where}[{i}]") for i, (t, item) in enumerate(zip(inner, value)))
+
+
+def _pattern(where: str) -> str:
+    return "".join(c for c in where if not c.isdigit())
+
+
+def _join(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
+
+
+def _wrong_type(where: str, wanted: str, value: Any) -> UserError:
+    return UserError(f"config.{where}: wants {wanted}, got {value!r}")
