@@ -1,0 +1,152 @@
+"""Attention inside the segments of packed rows.
+
+What may attend to what is a small spec and two integer arrays, never a dense mask handed around: a token sees the
+tokens of its own segment (its text), in a causal model only those before it. Padding (segment 0) sees padding, which
+keeps every softmax finite.
+
+Implementations: `xla`, everywhere; `pallas`, the kernels that JAX ships and that know segment ids: Triton on GPU
+(jax.experimental.pallas.ops.gpu.attention), splash attention on TPU (jax.experimental.pallas.ops.tpu).
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from jaxembed.models.layers.dropout import Noise, dropout_weights
+from jaxembed.sharding import BATCH
+
+MASKED = -1e30  # finite: a row without any allowed key must not become NaN
+KERNEL_BLOCK = 128  # the kernels want rows in multiples of this many tokens
+
+HEADS = P(BATCH, "sequence", "tensor", None)  # queries [R, L, H, K]
+WHOLE_HEADS = P(BATCH, None, "tensor", None)  # keys and values: every token of the row
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSpec:
+    """What a layer's attention may see.
+
+    Attributes:
+      causal: only tokens at or before the query's position.
+      kernel: 'xla', 'pallas', or 'auto': pallas where it serves.
+      dropout: of attention weights (xla only).
+    """
+
+    causal: bool = False
+    kernel: str = "auto"
+    dropout: float = 0.0
+
+
+def attention(
+    query_RxLxHxK: jax.Array,
+    key_RxLxHxK: jax.Array,
+    value_RxLxHxK: jax.Array,
+    segment_ids_RxL: jax.Array,
+    spec: AttentionSpec,
+    noise: Noise | None = None,
+    place: jax.typing.ArrayLike = 0,
+) -> jax.Array:
+    """Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762), restricted to segments.
+
+    Args:
+      query_RxLxHxK: queries, any float dtype; key and value the same.
+      key_RxLxHxK: keys.
+      value_RxLxHxK: values.
+      segment_ids_RxL: int32, the text of each token, 0 for padding.
+      spec: what may be seen.
+      noise: dropout of attention weights is off when None.
+      place: number of the call's place in the model, for the dropout mask.
+
+    Returns:
+      [R, L, H, K] in the queries' dtype, sharded as the queries.
+    """
+    key_RxLxHxK = jax.sharding.reshard(key_RxLxHxK, WHOLE_HEADS)
+    value_RxLxHxK = jax.sharding.reshard(value_RxLxHxK, WHOLE_HEADS)
+    if _use_kernel(query_RxLxHxK, spec, noise):
+        return _kernel_attention(query_RxLxHxK, key_RxLxHxK, value_RxLxHxK, segment_ids_RxL, spec)
+    return _xla_attention(query_RxLxHxK, key_RxLxHxK, value_RxLxHxK, segment_ids_RxL, spec, noise, place)
+
+
+def _xla_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: jax.Array,
+    spec: AttentionSpec,
+    noise: Noise | None,
+    place: jax.typing.ArrayLike,
+) -> jax.Array:
+    whole_ids = jax.sharding.reshard(segment_ids, P(BATCH, None))
+    allowed = segment_ids[:, :, None] == whole_ids[:, None, :]
+    if spec.causal:
+        # Texts lie in order inside a row, so the place in the row decides; no positions are needed.
+        place_in_row = jnp.arange(segment_ids.shape[1])
+        ahead = jax.sharding.reshard(place_in_row[:, None] < place_in_row[None, :], P("sequence", None))
+        allowed &= ~ahead
+    scores = jnp.einsum("rlhk,rmhk->rhlm", query, key, preferred_element_type=jnp.float32)
+    scores = jnp.where(allowed[:, None], scores / math.sqrt(query.shape[-1]), MASKED)
+    weights = jax.nn.softmax(scores, axis=-1)
+    weights = dropout_weights(weights, spec.dropout, noise, jnp.asarray(place, jnp.uint32))
+    return jnp.einsum("rhlm,rmhk->rlhk", weights.astype(value.dtype), value)
+
+
+def _use_kernel(query: jax.Array, spec: AttentionSpec, noise: Noise | None) -> bool:
+    if spec.kernel == "xla" or (spec.dropout > 0 and noise is not None):
+        return False
+    served = query.shape[1] % KERNEL_BLOCK == 0 and jax.default_backend() in ("gpu", "tpu")
+    whole_rows = jax.sharding.get_abstract_mesh().shape["sequence"] == 1
+    if spec.kernel == "pallas" and not (served and whole_rows):
+        raise ValueError(
+            f"the pallas attention kernels need a GPU or TPU, rows in multiples of {KERNEL_BLOCK} tokens "
+            f"(here {query.shape[1]}) and no sequence sharding: set data.row_length, or model.attention_kernel='xla'"
+        )
+    return served and whole_rows
+
+
+def _kernel_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: jax.Array,
+    spec: AttentionSpec,
+    interpret: bool = False,
+) -> jax.Array:
+    kernel = _splash if jax.default_backend() == "tpu" else _triton
+    local = jax.shard_map(
+        lambda q, k, v, s: kernel(q, k, v, s, spec.causal, interpret),
+        in_specs=(WHOLE_HEADS, WHOLE_HEADS, WHOLE_HEADS, P(BATCH, None)),
+        out_specs=WHOLE_HEADS,
+        check_vma=False,  # pallas_call does not say how its outputs vary
+    )
+    return local(query, key, value, segment_ids)
+
+
+def _triton(
+    query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array, causal: bool, interpret: bool
+) -> jax.Array:
+    from jax.experimental.pallas.ops.gpu import attention as gpu
+
+    width = query.shape[-1]
+    padding = ((0, 0), (0, 0), (0, 0), (0, max(16, 1 << (width - 1).bit_length()) - width))  # tensor cores: powers of 2
+    query, key, value = (jnp.pad(x, padding) for x in (query, key, value))
+    scale = 1 / math.sqrt(width)
+    out = gpu.mha(query, key, value, segment_ids, sm_scale=scale, causal=causal, interpret=interpret)
+    return out[..., :width]
+
+
+def _splash(
+    query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array, causal: bool, interpret: bool
+) -> jax.Array:
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    _, length, n_heads, width = query.shape
+    mask = (masks.CausalMask if causal else masks.FullMask)((length, length))
+    attend = splash.make_splash_mha_single_device(masks.MultiHeadMask([mask] * n_heads), interpret=interpret)
+    query = query / math.sqrt(width)  # splash does not scale
+    query, key, value = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
+    segments = splash.SegmentIds(q=segment_ids, kv=segment_ids)
+    return jax.vmap(attend)(query, key, value, segments).transpose(0, 2, 1, 3)

@@ -1,0 +1,72 @@
+"""Dropout whose mask is a hash of what is dropped, not of where it lies.
+
+The mask of a token's channel is a function of (seed of the step, place in the model, number of the text in the global
+batch, position in the text, channel). So packing, micro-batches and the number of devices do not change a result. The
+hash is a few xor-shift-multiply rounds (the finaliser of MurmurHash3, Appleby; constants of Wellons' hash-prospector)
+on uint32: far cheaper than a threefry key per token.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from jaxembed.sharding import BATCH
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """What makes one step's masks.
+
+    Attributes:
+      seed: uint32 scalar, new for every step.
+      texts: int32 [R, L], the number of each token's text (`segment_ids`).
+      positions: int32 [R, L], its place in the text.
+    """
+
+    seed: jax.Array
+    texts: jax.Array
+    positions: jax.Array
+
+
+def step_seed(seed: int, step: jax.Array) -> jax.Array:
+    """Returns the uint32 seed of a step's masks."""
+    return _mix(_mix(jnp.uint32(seed) ^ jnp.uint32(0x9E3779B9)) ^ step.astype(jnp.uint32))
+
+
+def dropout(x: jax.Array, rate: float, noise: Noise | None, place: jax.Array) -> jax.Array:
+    """Drops channels of x [R, L, D]. `place` is a uint32 number of the call's place in the model."""
+    if noise is None or rate == 0:
+        return x
+    channels = jnp.arange(x.shape[-1], dtype=jnp.uint32)
+    bits = _mix(_token_hash(noise, place)[..., None] ^ _mix(channels))
+    return _drop(x, bits, rate)
+
+
+def dropout_weights(weights_RxHxLxL: jax.Array, rate: float, noise: Noise | None, place: jax.Array) -> jax.Array:
+    """Drops attention weights [R, H, query, key]; the key's position in its text enters, not its place in the row."""
+    if noise is None or rate == 0:
+        return weights_RxHxLxL
+    heads = jnp.arange(weights_RxHxLxL.shape[1], dtype=jnp.uint32)[None, :, None, None]
+    query = _token_hash(noise, place)[:, None, :, None]
+    key_positions = jax.sharding.reshard(noise.positions, P(BATCH, None))
+    key = _mix(key_positions.astype(jnp.uint32))[:, None, None, :]
+    return _drop(weights_RxHxLxL, _mix(_mix(query ^ _mix(heads)) + key), rate)
+
+
+def _token_hash(noise: Noise, place: jax.Array) -> jax.Array:
+    h = _mix(noise.seed ^ _mix(jnp.asarray(place, jnp.uint32)))
+    return _mix(_mix(h ^ noise.texts.astype(jnp.uint32)) ^ noise.positions.astype(jnp.uint32))
+
+
+def _drop(x: jax.Array, bits: jax.Array, rate: float) -> jax.Array:
+    keep = bits >= jnp.uint32(round(rate * 2**32))
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+def _mix(h: jax.Array) -> jax.Array:
+    h = (h ^ (h >> 16)) * jnp.uint32(0x7FEB352D)
+    h = (h ^ (h >> 15)) * jnp.uint32(0x846CA68B)
+    return h ^ (h >> 16)

@@ -1,0 +1,78 @@
+"""Linear layers, embedding tables and normalisation, with their shardings."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from jaxembed import sharding
+
+Dims = tuple[tuple[str | None, int], ...]  # (logical axis, size) of each dimension
+
+
+class Linear(nnx.Module):
+    """An affine map between groups of dimensions, such as [D] → [H, K] or [H, K] → [D].
+
+    Args:
+      key: PRNG key of the kernel's normal initialisation.
+      inputs: logical axis and size of each input dimension.
+      outputs: the same for the output.
+      stddev: of the initial kernel; the bias starts at zero.
+      use_bias: whether there is a bias.
+      dtype: of the parameters.
+    """
+
+    def __init__(
+        self, key: jax.Array, inputs: Dims, outputs: Dims, stddev: float, dtype: jnp.dtype, use_bias: bool = True
+    ) -> None:
+        names, shape = zip(*(inputs + outputs))
+        self.kernel = nnx.Param(stddev * jax.random.normal(key, shape, dtype, out_sharding=sharding.spec(*names)))
+        self.use_bias = use_bias
+        if use_bias:
+            names_out, shape_out = zip(*outputs)
+            # A bias is small: it lies whole on every fsdp shard.
+            self.bias = nnx.Param(jnp.zeros(shape_out, dtype, out_sharding=sharding.spec(*names_out, gathered=True)))
+        self.names = names
+        self.n_inputs = len(inputs)
+
+    def __call__(self, x: jax.Array, out_spec: P) -> jax.Array:
+        """Applies the map to the last dimensions of x, in x's dtype. `out_spec` is the sharding of the result."""
+        kernel = jax.sharding.reshard(self.kernel[...].astype(x.dtype), sharding.spec(*self.names, gathered=True))
+        contracted = tuple(range(x.ndim - self.n_inputs, x.ndim)), tuple(range(self.n_inputs))
+        y = jax.lax.dot_general(x, kernel, (contracted, ((), ())), out_sharding=out_spec)
+        return y + self.bias[...].astype(x.dtype) if self.use_bias else y
+
+
+class Embedding(nnx.Module):
+    """A table of vectors [V, D], looked up by token id."""
+
+    def __init__(
+        self, key: jax.Array, size: int, width: int, stddev: float, dtype: jnp.dtype, axis: str | None = None
+    ) -> None:
+        self.names = (axis, None if axis else "embed")
+        spec = sharding.spec(*self.names)
+        self.embedding = nnx.Param(stddev * jax.random.normal(key, (size, width), dtype, out_sharding=spec))
+
+    def __call__(self, ids_RxL: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Returns [R, L, D] in `dtype`."""
+        table = self.embedding[...].astype(dtype)
+        table = jax.sharding.reshard(table, sharding.spec(*self.names, gathered=True))
+        return table.at[ids_RxL].get(out_sharding=sharding.STATES, mode="promise_in_bounds")
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation over the last axis, computed in float32 (Ba et al. 2016, arXiv:1607.06450)."""
+
+    def __init__(self, width: int, epsilon: float, dtype: jnp.dtype) -> None:
+        self.scale = nnx.Param(jnp.ones(width, dtype, out_sharding=P(None)))
+        self.bias = nnx.Param(jnp.zeros(width, dtype, out_sharding=P(None)))
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns x normalised, in x's dtype."""
+        y = x.astype(jnp.float32)
+        mean = y.mean(-1, keepdims=True)
+        centred = y - mean
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(variance + self.epsilon)
+        return (y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)

@@ -1,0 +1,42 @@
+"""What every backbone takes beside its shape, and what it returns."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+
+REMAT: dict[str, Callable | None] = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """How to compute: the fields of `jaxembed.config.ModelConfig` of the same names."""
+
+    attention: str = "native"
+    attention_kernel: str = "auto"
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    remat: str = "none"
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+
+    def causal(self, native: bool) -> bool:
+        """Whether attention is causal, for an architecture that natively is or is not."""
+        return native if self.attention == "native" else self.attention == "causal"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenStates:
+    """A backbone's output.
+
+    Attributes:
+      last: the last layer's states [R, L, D], in the compute dtype.
+      chosen: the states of the layers asked for [n, R, L, D], or None.
+    """
+
+    last: jax.Array
+    chosen: jax.Array | None

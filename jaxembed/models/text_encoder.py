@@ -1,0 +1,134 @@
+"""A backbone with its head: packed rows in, one float32 vector per text out."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from jaxembed.data.batch import Rows
+from jaxembed.models.layers.dropout import Noise
+from jaxembed.models.layers.linear import Linear
+from jaxembed.models.options import ModelOptions
+from jaxembed.models.pooling import pool
+from jaxembed.sharding import BATCH
+
+Params = dict[str, Any]  # a nested dict of arrays, the model's or the whole run's
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadConfig:
+    """How token states become a vector.
+
+    Attributes:
+      pooling: one of `pooling.MODES`.
+      pool_prompt: whether the prompt's tokens are pooled.
+      projection: width E of a linear layer after pooling, 0 for none.
+      projection_bias: whether it has a bias.
+      normalize: vectors of length 1.
+    """
+
+    pooling: str = "mean"
+    pool_prompt: bool = True
+    projection: int = 0
+    projection_bias: bool = False
+    normalize: bool = True
+
+
+class TextEncoder(nnx.Module):
+    """Backbone, pooling, projection, normalisation.
+
+    Args:
+      key: PRNG key of fresh weights.
+      make_backbone: the backbone's class, called with (key, config, options).
+      config: the backbone's frozen config; has `width` and `initializer_range`.
+      head: the head's.
+      options: how to compute.
+    """
+
+    def __init__(
+        self,
+        key: jax.Array,
+        make_backbone: Callable[[jax.Array, Any, ModelOptions], nnx.Module],
+        config: Any,
+        head: HeadConfig,
+        options: ModelOptions,
+    ) -> None:
+        backbone_key, head_key = jax.random.split(key)
+        self.backbone = make_backbone(backbone_key, config, options)
+        if head.projection:
+            self.projection = Linear(
+                head_key,
+                (("embed", config.width),),
+                ((None, head.projection),),
+                config.initializer_range,
+                jnp.dtype(options.param_dtype),
+                head.projection_bias,
+            )
+        self.head = head
+
+    def __call__(self, rows: Rows, slots: int, noise: Noise | None = None) -> jax.Array:
+        """Returns the vectors of the rows' spans: float32 [S, slots, E] for S batch shards."""
+        hidden = self.backbone(rows, noise).last
+        vectors = pool(hidden, rows, slots, self.head.pooling, self.head.pool_prompt)
+        if self.head.projection:
+            vectors = self.projection(vectors, P(BATCH, None, None))
+        return l2_normalize(vectors) if self.head.normalize else vectors
+
+
+def l2_normalize(x: jax.Array) -> jax.Array:
+    """Scales the last axis to length 1, in float32; a zero vector stays zero, with a finite gradient."""
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFactory:
+    """Makes models and joins them with parameters; everything static about a model.
+
+    Attributes:
+      make: returns a fresh model; to be called under `jax.jit` or `jax.eval_shape` inside `jax.set_mesh`.
+    """
+
+    make: Callable[[], TextEncoder]
+
+    def abstract(self) -> Params:
+        """Returns the parameters as ShapeDtypeStructs with shardings; needs a mesh set."""
+        return _pure(nnx.state(jax.eval_shape(self.make)))
+
+    def fresh(self) -> Params:
+        """Returns fresh parameters; to be called under jit, so that each is born on its shards."""
+        return _pure(nnx.state(self.make()))
+
+    def bind(self, params: Params) -> TextEncoder:
+        """Returns the model with these parameters."""
+        graphdef, state = nnx.split(jax.eval_shape(self.make))
+        nnx.replace_by_pure_dict(state, params)
+        return nnx.merge(graphdef, state)
+
+
+def _pure(state: nnx.State) -> Params:
+    return nnx.to_pure_dict(state)
+
+
+def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turns nested dicts into one dict of '/'-joined paths."""
+    flat = {}
+    for name, value in params.items():
+        path = f"{prefix}{name}"
+        flat |= flatten(value, path + "/") if isinstance(value, Mapping) else {path: value}
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> Params:
+    """The inverse of `flatten`."""
+    nested: Params = {}
+    for path, value in flat.items():
+        *parents, name = path.split("/")
+        node = nested
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
+    return nested
