@@ -85,11 +85,14 @@ def _model(c: Config) -> None:
     kinds = ("hf:", "run:")
     _require(
         m.init == "scratch" or (m.init.startswith(kinds) and len(m.init.split(":", 1)[1]) > 0),
-        f"config.model.init = {m.init!r}: wants 'hf:FOLDER', 'hf:ORG/NAME@REVISION', 'run:DIR[@STEP|@best]' or 'scratch'",
+        f"config.model.init = {m.init!r}: wants 'hf:FOLDER', 'hf:ORG/NAME@REVISION', 'run:DIR[@STEP|@best]' or "
+        "'scratch'",
     )
     if m.init == "scratch":
         _require(m.arch != "auto", "config.model.arch: name the architecture (bert, roberta …) when init is 'scratch'")
-        _require(c.tokenizer != "auto", "config.tokenizer: name one ('hf:FOLDER' or 'file:PATH') when init is 'scratch'")
+        _require(
+            c.tokenizer != "auto", "config.tokenizer: name one ('hf:FOLDER' or 'file:PATH') when init is 'scratch'"
+        )
     for name, value in (("dropout", m.dropout), ("attention_dropout", m.attention_dropout)):
         _require(0 <= value < 1, f"config.model.{name} = {value:g}: must be in [0, 1)")
     _require(

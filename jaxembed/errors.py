@@ -7,3 +7,7 @@ class UserError(Exception):
     Commands print it as one line on standard error and leave with exit code 2 (`jaxembed.cli`); nothing else in the
     package catches it.
     """
+
+
+class TrainingStopped(Exception):
+    """Training cannot go on, through no mistake in the set-up: a loss that is not finite. Exit code 1, one line."""

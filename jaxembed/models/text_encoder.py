@@ -1,6 +1,7 @@
 """A backbone with its head: packed rows in, one float32 vector per text out."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -107,6 +108,15 @@ class ModelFactory:
         graphdef, state = nnx.split(jax.eval_shape(self.make))
         nnx.replace_by_pure_dict(state, params)
         return nnx.merge(graphdef, state)
+
+    @functools.cached_property
+    def encoder(self) -> Callable[[Params, Rows, int], jax.Array]:
+        """(params, rows, slots) → float32 [S, slots, E] on every device; compiled once per shape."""
+
+        def encode(params: Params, rows: Rows, slots: int) -> jax.Array:
+            return jax.sharding.reshard(self.bind(params)(rows, slots), P(None, None, None))
+
+        return jax.jit(encode, static_argnums=2)
 
 
 def _pure(state: nnx.State) -> Params:

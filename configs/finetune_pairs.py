@@ -1,0 +1,30 @@
+"""Fine-tune an encoder on text pairs with in-batch negatives.
+
+    python -m jaxembed.train --config=configs/finetune_pairs.py --config.model.init=hf:FOLDER \
+        --data=pairs.jsonl.gz --workdir=runs/first
+
+`:tiny` makes every size small enough for a laptop's first minute.
+"""
+
+from ml_collections import ConfigDict
+
+from jaxembed.config import default_config
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """Returns the config; `arg` is '' or 'tiny'."""
+    c = default_config()
+    c.epochs = 1.0
+    c.batch_size = 128
+    c.model.init = "hf:sentence-transformers/all-MiniLM-L6-v2"
+    c.model.pooling = "mean"
+    c.loss.temperature = 0.05
+    c.optimizer.learning_rate = 2e-5
+    c.optimizer.warmup_steps = 50
+    if arg == "tiny":
+        c.epochs, c.steps, c.batch_size = 0.0, 20, 16
+        c.optimizer.warmup_steps = 2
+        c.checkpoint.every = 10
+    elif arg:
+        raise ValueError(f"configs/finetune_pairs.py knows the argument 'tiny', not {arg!r}")
+    return c

@@ -1,0 +1,71 @@
+"""What every command does the same: flags, one line for the user's mistakes, exit codes.
+
+absl leaves with code 1 for `--help` and prints tracebacks for unknown config fields; here `--help` is 0 and every
+mistake of the user's is one line on standard error and code 2.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+
+from absl import flags, logging
+
+from jaxembed.errors import TrainingStopped, UserError
+
+
+def run(main: Callable[[], None], doc: str) -> None:
+    """Parses the flags, calls `main`, and leaves with its exit code: 0, 1 (training stopped) or 2 (user's mistake)."""
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.WARNING)
+    try:
+        code = _run(main, doc)
+    except KeyboardInterrupt:
+        code = 130
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def _run(main: Callable[[], None], doc: str) -> int:
+    if {"--help", "-h", "-help", "--helpshort"} & set(sys.argv[1:]):
+        print(doc.strip() + "\n")
+        print(flags.FLAGS.main_module_help())
+        return 0
+    try:
+        _parse()
+        main()
+    except UserError as error:
+        return _fail(str(error), 2)
+    except TrainingStopped as error:
+        return _fail(str(error), 1)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+def _parse() -> None:
+    try:
+        rest = flags.FLAGS(sys.argv)
+    except flags.Error as error:
+        raise UserError(_message(error)) from error
+    except KeyError as error:  # an override of a field that the config does not have
+        raise UserError(f"--config: no such field: {error.args[0]}") from error
+    except IndexError as error:
+        raise UserError("--config.…[i]: index out of range; add a source in the config file, or by --data") from error
+    except (AttributeError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
+        # What a config file itself, or the override of one of its fields, raises.
+        raise UserError(f"--config: {_message(error)}") from error
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}: every option is a flag, --name=value")
+
+
+def _message(error: Exception) -> str:
+    """Returns an error's message without the traceback that absl puts into some."""
+    text = str(error).strip() or type(error).__name__
+    if "Traceback (most recent call last)" in text:
+        head = text.split("Error whilst", 1)[0].rstrip(": ")
+        return f"{head}: {text.splitlines()[-1]}"
+    return " ".join(text.split())

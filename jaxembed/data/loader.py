@@ -1,0 +1,223 @@
+"""From the plan to batches: texts dealt to bins, packed into rows of static shape, prepared ahead."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from jaxembed.data.batch import Batch, Rows, Texts
+from jaxembed.data.packing import deal, pack
+from jaxembed.data.plan import Plan, StepPlan
+from jaxembed.data.relation import relation
+from jaxembed.data.rungs import choose_rungs, rung_for, worst_case_rows
+from jaxembed.errors import UserError
+
+_SAMPLED_STEPS = (32, 256)  # planned steps that the rungs are chosen from: least and most
+_SAMPLED_TEXTS = 2**20  # and about so many texts, so that big batches do not delay the start
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where the texts of a step lie. A text's number is pair · T + place in the pair.
+
+    Attributes:
+      texts_BinsxN: int64, the texts in each bin by slot: Tq queries, then Td documents; bin = shard · M + micro-batch.
+      rows_BinsxN: int64, the row of its bin that each of them lies in.
+      starts_BinsxN: int64, its first place in that row.
+      rows_needed: rows of the fullest bin.
+    """
+
+    texts_BinsxN: np.ndarray
+    rows_BinsxN: np.ndarray
+    starts_BinsxN: np.ndarray
+    rows_needed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class StepInfo:
+    """What a step holds.
+
+    Attributes:
+      step: its number.
+      pairs: B.
+      real_tokens: of all texts.
+      padded_tokens: places in all rows, padding included.
+      rows_per_bin: the rung.
+      waste: the part of the places that is padding.
+    """
+
+    step: int
+    pairs: int
+    real_tokens: int
+    padded_tokens: int
+    rows_per_bin: int
+    waste: float
+
+
+def lay_out(step: StepPlan, n_bins: int, row_length: int) -> Layout:
+    """Deals a step's texts to bins and packs each bin, deterministically."""
+    n_texts = step.texts_BxT.shape[1]
+    query_lengths, document_lengths = step.lengths_BxT[:, 0], step.lengths_BxT[:, 1:].reshape(-1)
+    bin_of_query = deal(query_lengths, n_bins)
+    loads = np.bincount(bin_of_query, weights=query_lengths, minlength=n_bins).astype(np.int64)
+    bin_of_document = deal(document_lengths, n_bins, loads)
+    pair = np.argsort(bin_of_query, kind="stable").reshape(n_bins, -1)
+    document = np.argsort(bin_of_document, kind="stable").reshape(n_bins, -1)
+    document_pair, document_place = np.divmod(document, n_texts - 1)
+    texts_BinsxN = np.concatenate([pair * n_texts, document_pair * n_texts + 1 + document_place], axis=1)
+    packed = [pack(lengths, row_length) for lengths in step.lengths_BxT.reshape(-1)[texts_BinsxN]]
+    rows_BinsxN = np.stack([rows for rows, _ in packed])
+    starts_BinsxN = np.stack([starts for _, starts in packed])
+    return Layout(texts_BinsxN, rows_BinsxN, starts_BinsxN, int(rows_BinsxN.max()) + 1)
+
+
+class BatchBuilder:
+    """Makes the batch of any step, the same on every process.
+
+    Attributes:
+      plan: which texts.
+      shards: S, parts of the mesh that hold different rows.
+      micro_batches: M.
+      row_length: L, tokens.
+      rungs: the numbers of rows that a bin may have.
+    """
+
+    def __init__(
+        self, plan: Plan, shards: int, micro_batches: int, row_length: int, rungs: Sequence[int] | None = None
+    ) -> None:
+        """Makes a builder.
+
+        Args:
+          plan: which texts each step holds.
+          shards: S.
+          micro_batches: M.
+          row_length: L.
+          rungs: those of the run that is continued; chosen from the first planned steps by default.
+
+        Raises:
+          UserError: the batch does not share out evenly, or a text does not fit in a row.
+        """
+        n_bins = shards * micro_batches
+        if plan.batch_size % n_bins:
+            raise UserError(
+                f"config.batch_size = {plan.batch_size} is not a multiple of {shards} shards of the mesh "
+                f"(data × fsdp × expert) × config.grad_cache = {micro_batches}: set a multiple of {n_bins}"
+            )
+        if plan.max_length > row_length:
+            raise UserError(
+                f"config.data.row_length = {row_length} does not hold the longest text, {plan.max_length} tokens: "
+                "make rows longer or lower config.data.max_length"
+            )
+        self.plan = plan
+        self.shards = shards
+        self.micro_batches = micro_batches
+        self.row_length = row_length
+        self.rungs = self._choose_rungs() if rungs is None else tuple(rungs)
+
+    def layout(self, n: int) -> Layout:
+        """Returns where the texts of step n lie."""
+        return lay_out(self.plan.step(n), self.shards * self.micro_batches, self.row_length)
+
+    def build(self, n: int, shards: Sequence[int] | None = None) -> tuple[Batch, StepInfo]:
+        """Makes the batch of step n, of NumPy arrays.
+
+        Args:
+          n: the step.
+          shards: whose rows to fill; all by default. The others' places in the arrays are left zero, memory that is
+            never touched.
+
+        Returns:
+          Batch: rows [M, S · r, L], shard s owning rows s · r … (s + 1) · r - 1 of every micro-batch; queries [B] and
+          documents [B · (P + K)] in the order (shard, micro-batch, slot), whole whatever `shards` is.
+        """
+        step = self.plan.step(n)
+        layout = lay_out(step, self.shards * self.micro_batches, self.row_length)
+        rung = rung_for(layout.rows_needed, self.rungs)
+        rows = self._fill(step, layout, rung, range(self.shards) if shards is None else shards)
+        batch = Batch(rows, *self._relate(step, layout))
+        real = int(step.lengths_BxT.sum(dtype=np.int64))
+        padded = self.shards * self.micro_batches * rung * self.row_length
+        return batch, StepInfo(n, self.plan.batch_size, real, padded, rung, 1 - real / padded)
+
+    def _choose_rungs(self) -> tuple[int, ...]:
+        texts = self.plan.batch_size * self.plan.texts_per_pair
+        least, most = _SAMPLED_STEPS
+        needed = [self.layout(n).rows_needed for n in range(min(max(_SAMPLED_TEXTS // texts, least), most))]
+        texts_per_bin = texts // (self.shards * self.micro_batches)
+        return choose_rungs(needed, worst_case_rows(texts_per_bin, self.row_length, self.plan.max_length))
+
+    def _relate(self, step: StepPlan, layout: Layout) -> tuple[Texts, Texts]:
+        """Returns the relation in the order (bin, slot)."""
+        n_texts = self.plan.texts_per_pair
+        n_queries = layout.texts_BinsxN.shape[1] // n_texts
+        query_order = layout.texts_BinsxN[:, :n_queries].reshape(-1) // n_texts
+        pair, place = np.divmod(layout.texts_BinsxN[:, n_queries:].reshape(-1), n_texts)
+        queries, documents = relation(self.plan, step)
+        return _reorder(queries, query_order), _reorder(documents, pair * (n_texts - 1) + place - 1)
+
+    def _fill(self, step: StepPlan, layout: Layout, rung: int, shards: Sequence[int]) -> Rows:
+        """Copies the tokens of these shards' texts into their rows."""
+        shape = (self.micro_batches, self.shards * rung, self.row_length)
+        tokens, segment_ids, positions, span_ids = (np.zeros(shape, np.int32) for _ in range(4))
+        prompt_mask = np.zeros(shape, bool)
+
+        shard, micro = np.divmod(np.arange(self.shards * self.micro_batches), self.micro_batches)
+        bins = np.flatnonzero(np.isin(shard, shards))
+        first_row_Bins = micro * shape[1] + shard * rung
+        for s in shards:
+            span_ids[:, s * rung : (s + 1) * rung] = -1
+
+        number = layout.texts_BinsxN[bins]
+        length = step.lengths_BxT.reshape(-1)[number]
+        real = length > 0
+        slot = np.nonzero(real)[1]
+        start = ((first_row_Bins[bins, None] + layout.rows_BinsxN[bins]) * shape[2] + layout.starts_BinsxN[bins])[real]
+        number, length = number[real], length[real]
+        source, text = step.source_B[number // self.plan.texts_per_pair], step.texts_BxT.reshape(-1)[number]
+        offset = self.plan.take(source, text, lambda cache, i: cache.offsets[i])
+        n_prompt = self.plan.take(source, text, lambda cache, i: cache.prompt_lengths[i])
+
+        def of_tokens(value: np.ndarray) -> np.ndarray:
+            return np.repeat(value, length)
+
+        position = np.arange(length.sum()) - of_tokens(np.cumsum(length) - length)
+        place = of_tokens(start) + position
+        tokens.reshape(-1)[place] = self.plan.take(
+            of_tokens(source), of_tokens(offset) + position, lambda cache, i: cache.tokens[i].astype(np.int32)
+        )
+        segment_ids.reshape(-1)[place] = of_tokens(1 + number)
+        positions.reshape(-1)[place] = position
+        span_ids.reshape(-1)[place] = of_tokens(slot)
+        prompt_mask.reshape(-1)[place] = position < of_tokens(n_prompt)
+        return Rows(tokens, segment_ids, positions, span_ids, prompt_mask)
+
+
+def prefetch(
+    builder: BatchBuilder, first_step: int, last_step: int, buffer: int, shards: Sequence[int] | None = None
+) -> Iterator[tuple[Batch, StepInfo]]:
+    """Yields the batches of steps first_step … last_step - 1 in order, up to `buffer` of them prepared ahead.
+
+    A thread makes them, from the first `next` on. An error in it comes out here as itself. Closing the iterator, or
+    leaving it to be collected, ends the thread.
+
+    Args:
+      builder: makes a batch.
+      first_step: to begin with.
+      last_step: to stop before.
+      buffer: batches to keep ready, at least 1.
+      shards: whose rows to fill; all by default.
+    """
+    import grain  # slow to import, and the plan is of use without it
+
+    steps = grain.MapDataset.range(first_step, last_step).map(functools.partial(builder.build, shards=shards))
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=buffer)
+    batches = iter(steps.to_iter_dataset(options))
+    try:
+        yield from batches
+    finally:
+        batches.close()
+
+
+def _reorder(texts: Texts, order: np.ndarray) -> Texts:
+    return Texts(**{field.name: getattr(texts, field.name)[order] for field in dataclasses.fields(texts)})

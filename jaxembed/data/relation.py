@@ -1,0 +1,96 @@
+"""What the texts of a step are to each other: the relation that the loss reads, in the plan's order."""
+
+from typing import Any
+
+import numpy as np
+
+from jaxembed.data.batch import HARD_NEGATIVE, NO_GROUP, NO_TEXT, SCOPE_ALL, SCOPE_OWN, VOID, Texts
+from jaxembed.data.plan import Plan, StepPlan
+
+_PARTNERS = 16  # of a record's positives, so many are known to its query (more where a step uses more)
+
+
+def relation(plan: Plan, step: StepPlan) -> tuple[Texts, Texts]:
+    """Describes all texts of a step.
+
+    Numbers of texts and groups are dense in this step, made from the 64-bit hashes of the caches: equal hashes, equal
+    numbers, on both sides. Hard negatives count as rows of no loss (weight 0), void slots likewise.
+
+    Returns:
+      Queries, NumPy arrays [B]; and documents, [B · (P + K)]: of each pair its positives, then its hard negatives.
+      A query's `partners` are all the positives of its record, those not drawn included, up to 16 or P columns.
+    """
+    n_pairs, n_texts = step.texts_BxT.shape
+    pair_B = np.arange(n_pairs, dtype=np.int32)
+    real_BxD = step.texts_BxT[:, 1:] >= 0
+    positive_BxD = real_BxD & (np.arange(n_texts - 1) < plan.positives)
+    rank_BxD = np.where(positive_BxD, np.arange(n_texts - 1), HARD_NEGATIVE)
+    text_BxT, partners_BxW = _text_numbers(plan, step)
+    group_B = _group_numbers(plan, step)
+    scope_B = np.array([_scope(plan, s) for s in range(len(plan.sources))], np.int32)[step.source_B]
+    score_BxT = plan.take(step.source_B, np.maximum(step.texts_BxT, 0), lambda cache, text: cache.scores[text])
+
+    def of_documents(value_B: np.ndarray, void: int, present_BxD: np.ndarray = real_BxD) -> np.ndarray:
+        return np.where(present_BxD, value_B[:, None], void).reshape(-1)
+
+    queries = _texts(
+        pair=pair_B,
+        rank=np.zeros_like(pair_B),
+        text=text_BxT[:, 0],
+        partners=partners_BxW,
+        group=group_B,
+        source=step.source_B,
+        scope=scope_B,
+        weight=np.ones(n_pairs),
+        score=np.full(n_pairs, np.nan),
+    )
+    documents = _texts(
+        pair=of_documents(pair_B, VOID),
+        rank=rank_BxD.reshape(-1),
+        text=text_BxT[:, 1:].reshape(-1),
+        partners=of_documents(text_BxT[:, 0], NO_TEXT, positive_BxD)[:, None],
+        group=of_documents(group_B, NO_GROUP),
+        source=np.repeat(step.source_B, n_texts - 1),
+        scope=np.repeat(scope_B, n_texts - 1),
+        weight=positive_BxD.reshape(-1),
+        score=np.where(real_BxD, score_BxT[:, 1:], np.nan).reshape(-1),
+    )
+    return queries, documents
+
+
+def _text_numbers(plan: Plan, step: StepPlan) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the numbers of the step's texts [B, T] and of each query's partners [B, W]; NO_TEXT for none."""
+    n_texts = step.texts_BxT.shape[1]
+    most = max(cache.max_positives for cache in plan.caches)
+    column_W = np.arange(min(most, max(_PARTNERS, plan.positives)))
+    n_positives_B = plan.take(step.source_B, step.record_B, lambda cache, record: cache.n_positives[record])
+    partners_BxW = np.where(column_W < n_positives_B[:, None], step.texts_BxT[:, :1] + 1 + column_W, -1)
+    # Of a record with more positives than columns, those in this step must not be left out.
+    crowded = np.flatnonzero(n_positives_B > column_W.size)
+    partners_BxW[crowded, : plan.positives] = step.texts_BxT[crowded, 1 : 1 + plan.positives]
+
+    texts = np.concatenate([step.texts_BxT, partners_BxW], axis=1)
+    hashes = plan.take(step.source_B, np.maximum(texts, 0), lambda cache, text: cache.hashes[text])
+    numbers = np.full(texts.shape, NO_TEXT, np.int64)
+    numbers[texts >= 0] = np.unique(hashes[texts >= 0], return_inverse=True)[1]
+    return numbers[:, :n_texts], numbers[:, n_texts:]
+
+
+def _group_numbers(plan: Plan, step: StepPlan) -> np.ndarray:
+    hashes_B = plan.take(step.source_B, step.record_B, lambda cache, record: cache.groups[record])
+    numbers_B = np.full(hashes_B.shape, NO_GROUP, np.int64)
+    grouped = hashes_B != 0
+    numbers_B[grouped] = np.unique(hashes_B[grouped], return_inverse=True)[1]
+    return numbers_B
+
+
+def _scope(plan: Plan, source: int) -> int:
+    config = plan.sources[source]
+    if not config.in_batch:
+        return SCOPE_OWN
+    return SCOPE_ALL if config.negatives_from == "all" else source
+
+
+def _texts(**fields: np.ndarray) -> Texts:
+    kinds: dict[str, Any] = {"weight": np.float32, "score": np.float32}
+    return Texts(**{name: value.astype(kinds.get(name, np.int32)) for name, value in fields.items()})

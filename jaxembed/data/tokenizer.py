@@ -1,0 +1,275 @@
+"""The tokenizer: text to token ids, exactly those that sentence-transformers gives for the same folder."""
+
+import functools
+import hashlib
+import itertools
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import normalizers
+
+from jaxembed.errors import UserError
+
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_EXTRA = ("additional_special_tokens", "extra_special_tokens")
+# Customary spellings, for a tokenizer whose files do not say which of its special tokens is which.
+_CUSTOMARY = {
+    "unk_token": ("[UNK]", "<unk>"),
+    "pad_token": ("[PAD]", "<pad>"),
+    "cls_token": ("[CLS]", "<s>"),
+    "sep_token": ("[SEP]", "</s>"),
+    "mask_token": ("[MASK]", "<mask>"),
+}
+_OTHER_FILES = ("vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model", "tokenizer.model")
+
+
+class Tokenizer:
+    """A fast tokenizer with its special tokens. Immutable: threads may share it.
+
+    Attributes:
+      pad_id, cls_id, sep_id, eos_id, mask_id: ids of the special tokens, -1 where there is none.
+      n_suffix: special tokens behind a text (usually one, the closing separator).
+      n_special: special tokens that every text gets.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special_tokens: Mapping[str, str],
+        extra_special_tokens: Sequence[str] = (),
+        truncation_side: str = "right",
+    ) -> None:
+        """Takes over `backend`, whose padding and truncation are switched off.
+
+        Args:
+          backend: the Rust tokenizer, its post-processor adding the special tokens.
+          special_tokens: 'pad_token', 'cls_token' … → token. Those absent from the vocabulary are dropped.
+          extra_special_tokens: further special tokens, without a role.
+          truncation_side: 'right' or 'left', where a text that is too long is cut.
+        """
+        backend.no_padding()
+        backend.no_truncation()
+        self._backend = backend
+        self._special = {
+            role: special_tokens[role]
+            for role in _SPECIAL
+            if role in special_tokens and backend.token_to_id(special_tokens[role]) is not None
+        }
+        self._extra = tuple(token for token in extra_special_tokens if backend.token_to_id(token) is not None)
+        self._truncation_side = truncation_side
+        self.pad_id, self.cls_id, self.sep_id, self.eos_id, self.mask_id = (
+            self._id(role) for role in ("pad_token", "cls_token", "sep_token", "eos_token", "mask_token")
+        )
+        # What the post-processor adds, seen on a text: the marks of the text's own tokens are 0.
+        example = backend.encode("a")
+        own = [i for i, special in enumerate(example.special_tokens_mask) if not special]
+        self.n_special = backend.num_special_tokens_to_add(False)
+        self.n_suffix = len(example.ids) - 1 - own[-1] if own else 0
+        self._suffix_ids = frozenset(example.ids[len(example.ids) - self.n_suffix :])
+
+    @classmethod
+    def load(cls, spec: str) -> "Tokenizer":
+        """Loads a tokenizer from disk.
+
+        Reads JSON (or, in a folder without tokenizer.json, vocabulary files through transformers); no code of the
+        folder is ever run.
+
+        Args:
+          spec: 'hf:FOLDER', or 'file:PATH' of a tokenizer.json; configuration files beside it are honoured.
+
+        Raises:
+          UserError: a file is missing or broken.
+        """
+        kind, _, path = spec.partition(":")
+        if kind not in ("hf", "file") or not path:
+            raise UserError(f"config.tokenizer = {spec!r}: wants 'hf:FOLDER' or 'file:PATH/tokenizer.json'")
+        file = pathlib.Path(path).expanduser()
+        if kind == "hf":
+            if not file.is_dir():
+                raise UserError(f"tokenizer: there is no folder {file}")
+            if not (file / "tokenizer.json").is_file():
+                return _convert(file)
+            file = file / "tokenizer.json"
+        elif not file.is_file():
+            raise UserError(f"tokenizer: there is no file {file}")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the Rust library raises plain Exception
+            raise UserError(f"tokenizer: {file} is not a tokenizer.json: {error}") from error
+        return _with_settings(backend, file.parent, {}, ())
+
+    def tokenize(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Returns the whole texts' token ids with the special tokens, uint32 arrays of any length."""
+        encodings = self._backend.encode_batch_fast(list(texts))
+        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+
+    def truncate(self, ids: np.ndarray, max_length: int) -> np.ndarray:
+        """Returns `ids` [n] cut to [max_length]: the special tokens at both ends stay, the text between is cut."""
+        if len(ids) <= max_length:
+            return ids
+        if self._truncation_side == "left":
+            n_prefix = self.n_special - self.n_suffix
+            return np.concatenate([ids[:n_prefix], ids[len(ids) - (max_length - n_prefix) :]])
+        return np.concatenate([ids[: max_length - self.n_suffix], ids[len(ids) - self.n_suffix :]])
+
+    def encode(self, texts: Sequence[str], max_length: int, prompt: str = "") -> list[np.ndarray]:
+        """Tokenises texts as a model sees them.
+
+        Args:
+          texts: any strings, empty ones too.
+          max_length: the most tokens of a text, prompt and special tokens included.
+          prompt: a string put before each text, before tokenising.
+
+        Returns:
+          A uint32 array of token ids per text, at most `max_length` long.
+
+        Raises:
+          UserError: `max_length` leaves no room for text.
+        """
+        if max_length <= self.n_special:
+            raise UserError(f"a text of {max_length} tokens has no room beside {self.n_special} special tokens")
+        return [self.truncate(ids, max_length) for ids in self.tokenize([prompt + text for text in texts])]
+
+    def prompt_length(self, prompt: str) -> int:
+        """Returns how many leading tokens of a text belong to the prompt, special tokens before it included.
+
+        Counted as sentence-transformers 6.2 does (`Transformer._get_prompt_length`): tokens of the prompt alone, less
+        one if the last is a special token. Where the prompt's last characters merge with the text's first ones into
+        one token, the count may be off by a token; but exported folders are evaluated there, so training counts alike.
+        """
+        if not prompt:
+            return 0
+        ids = self.tokenize([prompt])[0]
+        return len(ids) - int(len(ids) > 0 and int(ids[-1]) in self._special_ids)
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """The largest token id + 1."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def appends_eos(self) -> bool:
+        """Whether every text ends with the end-of-sequence or separator token."""
+        return bool(self._suffix_ids & ({self.eos_id, self.sep_id} - {-1}))
+
+    def fingerprint(self) -> str:
+        """Returns a sha256 (hexadecimal) of all that decides the ids that this tokenizer gives."""
+        settings = json.dumps([self._special, self._extra, self._truncation_side])
+        return hashlib.sha256(f"{self._backend.to_str()}\n{settings}".encode()).hexdigest()
+
+    def save(self, folder: str | pathlib.Path, max_length: int) -> None:
+        """Writes the files from which transformers and sentence-transformers load the same tokenizer.
+
+        Lower-casing that sentence_bert_config.json asked for is part of the tokenizer.json written, so the exported
+        sentence_bert_config.json says `do_lower_case: false`.
+
+        Args:
+          folder: made if need be.
+          max_length: written as `model_max_length`.
+        """
+        folder = pathlib.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        special: dict[str, Any] = dict(self._special)
+        if "pad_token" not in special and special:
+            # Batches are padded there; the mask hides the padding, so that any token serves.
+            special["pad_token"] = next(
+                special[r] for r in ("eos_token", "sep_token", "unk_token", *special) if r in special
+            )
+        if self._extra:
+            special["additional_special_tokens"] = list(self._extra)
+        # Without a class, or with a model's own, transformers 5 would build a tokenizer of its own; the name of
+        # version 5's generic class is unknown to version 4.
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": max_length,
+            "padding_side": "right",
+            "truncation_side": self._truncation_side,
+            "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"],
+            **special,
+        }
+        self._backend.save(str(folder / "tokenizer.json"))
+        for name, content in (("tokenizer_config.json", config), ("special_tokens_map.json", special)):
+            (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def _id(self, role: str) -> int:
+        return self._backend.token_to_id(self._special[role]) if role in self._special else -1
+
+    @functools.cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(self._backend.token_to_id(token) for token in (*self._special.values(), *self._extra))
+
+
+def _convert(folder: pathlib.Path) -> Tokenizer:
+    """Lets transformers make a fast tokenizer from the vocabulary files of a folder without tokenizer.json."""
+    if not any((folder / name).is_file() for name in _OTHER_FILES):
+        raise UserError(f"tokenizer: {folder} holds no tokenizer.json and none of {', '.join(_OTHER_FILES)}")
+    from transformers import AutoTokenizer  # seconds to import, and rarely needed
+
+    try:
+        converted = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        backend = tokenizers.Tokenizer.from_str(converted.backend_tokenizer.to_str())
+    except Exception as error:  # whatever a broken vocabulary leads to
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"tokenizer: cannot make one from the vocabulary files in {folder}: {reason}") from error
+    special = {role: str(token) for role, token in converted.special_tokens_map.items() if role in _SPECIAL}
+    extra = [token for token in converted.all_special_tokens if token not in special.values()]
+    return _with_settings(backend, folder, special, extra)
+
+
+def _with_settings(
+    backend: tokenizers.Tokenizer, folder: pathlib.Path, special: Mapping[str, str], extra: Sequence[str]
+) -> Tokenizer:
+    """Completes a backend with what the configuration files beside it say; `special` and `extra` win over them."""
+    config = _read_json(folder / "tokenizer_config.json")
+    special_map = _read_json(folder / "special_tokens_map.json")
+    found = {"pad_token": (backend.padding or {}).get("pad_token", "")}
+    for role in _SPECIAL:
+        named = special.get(role) or _content(config.get(role)) or _content(special_map.get(role)) or found.get(role)
+        customary = (token for token in _CUSTOMARY.get(role, ()) if backend.token_to_id(token) is not None)
+        found[role] = named or next(customary, "")
+    further = (_contents(file.get(key)) for file in (config, special_map) for key in _EXTRA)
+    extra = [*extra, *itertools.chain.from_iterable(further)]
+    if _read_json(folder / "sentence_bert_config.json").get("do_lower_case") is True:
+        _lower_case(backend)
+    truncation_side = config.get("truncation_side") or (backend.truncation or {}).get("direction") or "right"
+    if truncation_side not in ("right", "left"):
+        raise UserError(
+            f"{folder / 'tokenizer_config.json'}: truncation_side = {truncation_side!r}, wants right or left"
+        )
+    return Tokenizer(backend, found, tuple(dict.fromkeys(extra)), truncation_side)
+
+
+def _lower_case(backend: tokenizers.Tokenizer) -> None:
+    """Puts lower-casing before the normalizer, where and how sentence-transformers does it."""
+    present = backend.normalizer
+    steps = list(present) if isinstance(present, normalizers.Sequence) else [present] if present else []
+    if not any(isinstance(step, normalizers.Lowercase) for step in steps):
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *steps])
+
+
+def _content(token: Any) -> str:
+    """Returns the text of a special token, which files write as a string or as an object."""
+    token = token.get("content") if isinstance(token, Mapping) else token
+    return token if isinstance(token, str) else ""
+
+
+def _contents(value: Any) -> list[str]:
+    items = list(value.values()) if isinstance(value, Mapping) else value if isinstance(value, list) else []
+    return [text for text in map(_content, items) if text]
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: wants a JSON object, has {type(value).__name__}")
+    return value

@@ -1,0 +1,190 @@
+"""Texts in, vectors out: packed rows, on every device of the mesh, in the order given."""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+
+from jaxembed import model_source, sharding
+from jaxembed.checkpoint import FOLDER as CHECKPOINTS
+from jaxembed.checkpoint import split
+from jaxembed.config import AUTO, MeshConfig
+from jaxembed.encoding import device_batches
+from jaxembed.errors import UserError
+from jaxembed.hf.hub import resolve
+from jaxembed.model_source import Blueprint
+from jaxembed.models.options import ModelOptions
+from jaxembed.models.pooling import MODES
+from jaxembed.models.text_encoder import ModelFactory, Params
+from jaxembed.sharding import ROWS, batch_shards, put
+
+WINDOW = 65_536  # texts tokenised and packed together
+# Names that sentence-transformers looks for in the prompts, in its order.
+QUERY_PROMPTS = ("query",)
+DOCUMENT_PROMPTS = ("document", "passage", "corpus")
+
+
+class Embedder:
+    """A text-embedding model that is ready to encode. Make one with `Embedder.load`."""
+
+    def __init__(self, blueprint: Blueprint, factory: ModelFactory, params: Params, mesh: jax.sharding.Mesh) -> None:
+        """Joins what makes a model.
+
+        Args:
+          blueprint: tokenizer, prompts, limits.
+          factory: the model's maker.
+          params: its parameters, on the mesh.
+          mesh: where to compute.
+        """
+        self.blueprint, self.factory, self.params, self.mesh = blueprint, factory, params, mesh
+        self._forward = factory.encoder
+
+    @classmethod
+    def load(
+        cls,
+        path: str | pathlib.Path,
+        attention: str = "native",
+        pooling: str = AUTO,
+        dtype: str = "float32",
+        mesh: jax.sharding.Mesh | None = None,
+    ) -> "Embedder":
+        """Loads a run's newest checkpoint, or a sentence-transformers or transformers folder.
+
+        Args:
+          path: a work directory ('DIR', 'DIR@STEP', 'DIR@best'), a folder, or 'ORG/NAME[@REVISION]' on the hub.
+          attention: 'bidirectional' or 'causal' instead of the model's own.
+          pooling: instead of the model's own.
+          dtype: of the computation: 'float32' or 'bfloat16'.
+          mesh: by default all devices along `data`.
+
+        Raises:
+          UserError: nothing there that can be opened, or an argument that does not serve.
+        """
+        mesh = mesh or sharding.make_mesh(MeshConfig())
+        spec = str(path)
+        if (split(spec)[0] / CHECKPOINTS).is_dir():
+            blueprint, load = model_source.open_run(spec)
+        else:
+            blueprint, load = model_source.open_folder(resolve(spec))
+        for name, value, known in (
+            ("attention", attention, blueprint.architecture.attention),
+            ("pooling", pooling, (AUTO, *MODES)),
+            ("dtype", dtype, ("float32", "bfloat16")),
+        ):
+            if value not in known:
+                raise UserError(f"{name}={value!r}: {path} takes {', '.join(known)}")
+        if pooling != AUTO:
+            blueprint = dataclasses.replace(blueprint, head=dataclasses.replace(blueprint.head, pooling=pooling))
+        factory = blueprint.factory(ModelOptions(attention=attention, dtype=dtype))
+        with jax.set_mesh(mesh):
+            return cls(blueprint, factory, load(factory), mesh)
+
+    @property
+    def width(self) -> int:
+        """E, the number of dimensions of a vector."""
+        return self.blueprint.head.projection or self.blueprint.backbone.width
+
+    def encode(
+        self,
+        texts: str | Sequence[str],
+        prompt_name: str = "",
+        prompt: str = "",
+        batch_size: int = 0,
+        show_progress_bar: bool = False,
+        truncate_dim: int = 0,
+        normalize_embeddings: bool = False,
+    ) -> np.ndarray:
+        """Encodes texts.
+
+        Args:
+          texts: any strings; a single string gives a single vector [E].
+          prompt_name: a name in the model's prompts, whose text is put before each text.
+          prompt: that text itself; wins over the name.
+          batch_size: texts per device batch, about; 0 = as many as fill a fixed number of tokens.
+          show_progress_bar: on standard error.
+          truncate_dim: keep the first dimensions only (of a Matryoshka model); 0 = all.
+          normalize_embeddings: bring vectors to length 1, after truncating.
+
+        Returns:
+          float32 [n, E], in the order given.
+
+        Raises:
+          UserError: no prompt of that name.
+        """
+        from rich.console import Console
+        from rich.progress import Progress
+
+        single = isinstance(texts, str)
+        texts = [texts] if single else list(texts)
+        prompt = prompt or self._prompt(prompt_name or self.blueprint.default_prompt_name)
+        vectors = np.zeros((len(texts), self.width), np.float32)
+        with Progress(console=Console(stderr=True), disable=not show_progress_bar) as progress:
+            task = progress.add_task("encoding", total=len(texts))
+            for first in range(0, len(texts), WINDOW):
+                window = vectors[first : first + WINDOW]
+                for n_done in self._encode_window(texts[first : first + WINDOW], prompt, batch_size, window):
+                    progress.advance(task, n_done)
+        width = truncate_dim or self.blueprint.truncate_dim
+        vectors = vectors[:, :width] if width else vectors
+        if normalize_embeddings:
+            vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        return vectors[0] if single else vectors
+
+    def encode_query(self, texts: str | Sequence[str], **kwargs: object) -> np.ndarray:
+        """Encodes with the prompt for queries, if the model has one; arguments as for `encode`."""
+        return self._encode_with(QUERY_PROMPTS, texts, kwargs)
+
+    def encode_document(self, texts: str | Sequence[str], **kwargs: object) -> np.ndarray:
+        """Encodes with the prompt for documents, if the model has one; arguments as for `encode`."""
+        return self._encode_with(DOCUMENT_PROMPTS, texts, kwargs)
+
+    def similarity(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Compares all of a [n, E] with all of b [m, E], as the model is meant to: float32 [n, m], higher = nearer."""
+        a, b = (np.atleast_2d(np.asarray(x, np.float32)) for x in (a, b))
+        kind = self.blueprint.similarity
+        if kind == "cosine":
+            a, b = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (a, b))
+        if kind in ("cosine", "dot"):
+            return a @ b.T
+        order = 1 if kind == "manhattan" else 2
+        return -np.stack([np.linalg.norm(row - b, ord=order, axis=1) for row in a])
+
+    def save(self, folder: str | pathlib.Path) -> None:
+        """Writes a folder that sentence-transformers opens."""
+        from jaxembed.export import export_model
+
+        export_model(self, pathlib.Path(folder))
+
+    def _encode_with(self, names: tuple[str, ...], texts: str | Sequence[str], kwargs: dict) -> np.ndarray:
+        prompts = self.blueprint.prompts
+        found = next((name for name in names if name in prompts), "")
+        return self.encode(texts, **{"prompt_name": found, **kwargs})
+
+    def _prompt(self, name: str) -> str:
+        prompts = self.blueprint.prompts
+        if name and name not in prompts:
+            raise UserError(f"prompt_name={name!r}: the model's prompts are {', '.join(prompts) or 'none'}")
+        return prompts.get(name, "")
+
+    def _encode_window(self, texts: list[str], prompt: str, batch_size: int, out: np.ndarray) -> Iterator[int]:
+        """Fills `out` [n, E] with the texts' vectors; yields how many are done with each device batch."""
+        tokenizer, limit = self.blueprint.tokenizer, self.blueprint.max_length
+        tokens = tokenizer.encode(texts, limit, prompt)
+        batches = device_batches(tokens, tokenizer.prompt_length(prompt), batch_shards(self.mesh), limit, batch_size)
+        running: list[tuple[np.ndarray, jax.Array]] = []
+        with jax.set_mesh(self.mesh):
+            for batch in batches:
+                rows = jax.tree.map(lambda x: put(x, self.mesh, ROWS), batch.rows)
+                running.append((batch.texts, self._forward(self.params, rows, batch.slots)))
+                if len(running) > 1:  # the device computes one batch while the host prepares the next
+                    yield _collect(*running.pop(0), out)
+            for texts_and_vectors in running:
+                yield _collect(*texts_and_vectors, out)
+
+
+def _collect(texts_SxT: np.ndarray, vectors_SxTxE: jax.Array, out: np.ndarray) -> int:
+    real = texts_SxT >= 0
+    out[texts_SxT[real]] = np.asarray(vectors_SxTxE)[real]
+    return int(real.sum())

@@ -1,0 +1,184 @@
+"""The Hugging Face side of the BERT family: bert, roberta, xlm-roberta. One block, one table."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from jaxembed.config import nearest
+from jaxembed.errors import UserError
+from jaxembed.hf.table import Flat, Linear, PadRows, Row
+from jaxembed.models.bert import BertConfig
+
+# Our activation → its names in transformers; the first is the one we write.
+ACTIVATION_NAMES: dict[str, tuple[str, ...]] = {
+    "gelu": ("gelu", "gelu_python"),
+    "gelu_tanh": ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"),
+    "relu": ("relu",),
+    "silu": ("silu", "swish"),
+}
+ROBERTA_PAD_ID = 1  # where config.json does not say
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+# Heads of pre-training and of tasks, the pooler (first token, for next-sentence prediction), and old buffers.
+IGNORED = (
+    "pooler.*",
+    "embeddings.position_ids",
+    "embeddings.token_type_ids",
+    "cls.*",
+    "lm_head.*",
+    "classifier.*",
+    "qa_outputs.*",
+)
+RENAMES = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))  # checkpoints of 2018
+
+
+class SpecialIds(Protocol):
+    """What is asked of a tokenizer; ids are -1 where it has none. See `jaxembed.data.tokenizer.Tokenizer`."""
+
+    vocab_size: int
+    pad_id: int
+    cls_id: int
+    sep_id: int
+    eos_id: int
+
+
+def rows(config: BertConfig) -> tuple[Row, ...]:
+    """Returns the table of names; see `jaxembed.hf.table`."""
+    layer, attention = "encoder.layer.{i}.", "encoder.layer.{i}.attention."
+    return (
+        Row("embeddings.word_embeddings.weight", "embeddings/token/embedding", PadRows(config.vocab_size)),
+        Row("embeddings.position_embeddings.weight", "embeddings/position/embedding"),
+        Row("embeddings.token_type_embeddings.weight", "embeddings/type/embedding"),
+        *_norm("embeddings.LayerNorm", "embeddings/norm"),
+        *(
+            row
+            for name in ("query", "key", "value")
+            for row in (
+                Row(f"{attention}self.{name}.weight", f"layers/attention/{name}/kernel", Linear()),
+                Row(f"{attention}self.{name}.bias", f"layers/attention/{name}/bias", Flat()),
+            )
+        ),
+        *_linear(f"{attention}output.dense", "layers/attention/out", Linear(inputs=2)),
+        *_norm(f"{attention}output.LayerNorm", "layers/attention_norm"),
+        *_linear(f"{layer}intermediate.dense", "layers/mlp/up", Linear()),
+        *_linear(f"{layer}output.dense", "layers/mlp/down", Linear()),
+        *_norm(f"{layer}output.LayerNorm", "layers/mlp_norm"),
+    )
+
+
+def _linear(hf: str, ours: str, transform: Linear) -> tuple[Row, Row]:
+    return Row(f"{hf}.weight", f"{ours}/kernel", transform), Row(f"{hf}.bias", f"{ours}/bias")
+
+
+def _norm(hf: str, ours: str) -> tuple[Row, Row]:
+    return Row(f"{hf}.weight", f"{ours}/scale"), Row(f"{hf}.bias", f"{ours}/bias")
+
+
+def pooler_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the tensors that transformers' class has beside the table's, for which embeddings have no use."""
+    return {"pooler.dense.weight": (config.width, config.width), "pooler.dense.bias": (config.width,)}
+
+
+def config_from_hf(hf: Mapping[str, Any], where: str = "config.json") -> BertConfig:
+    """Reads the shape out of a Hugging Face config.
+
+    Args:
+      hf: the content of config.json; `model_type` is 'bert', 'roberta' or 'xlm-roberta'.
+      where: the file or config field that it stands in, for messages.
+
+    Raises:
+      UserError: a size is missing or no whole number, or the config asks for something that the model cannot do.
+    """
+    refused = {
+        "position_embedding_type": (hf.get("position_embedding_type") or "absolute", "absolute"),
+        "is_decoder": (bool(hf.get("is_decoder")), False),
+        "add_cross_attention": (bool(hf.get("add_cross_attention")), False),
+        "embedding_size": (hf.get("embedding_size", hf.get("hidden_size")), hf.get("hidden_size")),
+    }
+    for field, (value, supported) in refused.items():
+        if value != supported:
+            raise UserError(f"{where}: {field} = {value!r} is not supported; supported: {supported!r}")
+    config = BertConfig(
+        vocab_size=_count(hf, "vocab_size", where),
+        width=_count(hf, "hidden_size", where),
+        layers=_count(hf, "num_hidden_layers", where),
+        heads=_count(hf, "num_attention_heads", where),
+        mlp_width=_count(hf, "intermediate_size", where),
+        positions=_count(hf, "max_position_embeddings", where, 512),
+        type_vocab=_count(hf, "type_vocab_size", where, 2),
+        norm_eps=_number(hf, "layer_norm_eps", where, 1e-12),
+        activation=_activation(hf.get("hidden_act", "gelu"), where),
+        position_offset=0 if hf["model_type"] == "bert" else _pad_id(hf, where, ROBERTA_PAD_ID) + 1,
+        initializer_range=_number(hf, "initializer_range", where, 0.02),
+    )
+    if config.width % config.heads:
+        raise UserError(f"{where}: hidden_size = {config.width} is no multiple of num_attention_heads = {config.heads}")
+    if config.max_length < 1:
+        raise UserError(f"{where}: max_position_embeddings = {config.positions} leaves no position for a text")
+    return config
+
+
+def _pad_id(hf: Mapping[str, Any], where: str, default: int) -> int:
+    """The token from whose id roberta counts its positions."""
+    pad_id = hf.get("pad_token_id", default)
+    if type(pad_id) is not int or pad_id < 0:
+        raise UserError(f"{where}: pad_token_id = {pad_id!r}: roberta counts its positions from there; set it")
+    return pad_id
+
+
+def _count(hf: Mapping[str, Any], field: str, where: str, default: int = 0) -> int:
+    value = hf.get(field, default)
+    if type(value) is not int or value < 1:
+        found = "is missing" if hf.get(field) is None else f"is {value!r}"
+        raise UserError(f"{where}: {field} {found}, wants a whole number above 0")
+    return value
+
+
+def _number(hf: Mapping[str, Any], field: str, where: str, default: float) -> float:
+    value = hf.get(field, default)
+    if type(value) not in (int, float) or not value > 0:
+        raise UserError(f"{where}: {field} is {value!r}, wants a number above 0")
+    return float(value)
+
+
+def _activation(hf_name: Any, where: str) -> str:
+    for ours, names in ACTIVATION_NAMES.items():
+        if hf_name in names:
+            return ours
+    known = ", ".join(name for names in ACTIVATION_NAMES.values() for name in names)
+    raise UserError(f"{where}: hidden_act = {hf_name!r} is not supported; supported: {known}")
+
+
+def fresh_hf_config(
+    model_type: str, shape: Mapping[str, Any], tokenizer: SpecialIds, where: str = "config.model.shape"
+) -> dict[str, Any]:
+    """Returns the Hugging Face config of a model to be made from scratch; the writer adds the class and the dtype.
+
+    Args:
+      model_type: 'bert', 'roberta' or 'xlm-roberta'.
+      shape: fields of config.json, SIZES at the least.
+      tokenizer: gives vocab_size, pad_token_id and the ids of first and last token, where `shape` does not.
+      where: what `shape` is called, for messages.
+
+    Raises:
+      UserError: a field is unknown, or what `config_from_hf` refuses.
+    """
+    pad_id = shape.get("pad_token_id", max(tokenizer.pad_id, 0))
+    ends = {"bos_token_id": tokenizer.cls_id, "eos_token_id": max(tokenizer.eos_id, tokenizer.sep_id)}
+    known = {
+        "vocab_size": tokenizer.vocab_size,
+        **dict.fromkeys(SIZES),
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.1,
+        "attention_probs_dropout_prob": 0.1,
+        "max_position_embeddings": 512 + (0 if model_type == "bert" else _pad_id(shape, where, pad_id) + 1),
+        "type_vocab_size": 2 if model_type == "bert" else 1,
+        "initializer_range": 0.02,
+        "layer_norm_eps": 1e-12 if model_type == "bert" else 1e-5,
+        "pad_token_id": pad_id,
+        **{name: token_id for name, token_id in ends.items() if token_id >= 0},
+    }
+    for field in shape:
+        if field not in known:
+            raise UserError(f"{where}: {model_type} has no field {field!r}{nearest(field, known)}")
+    hf_config = {"model_type": model_type, **known, **shape}
+    config_from_hf(hf_config, where)
+    return hf_config

@@ -1,0 +1,314 @@
+"""One table of names per architecture, used in both directions.
+
+A `Row` says which tensor of a Hugging Face checkpoint is which leaf of ours, and how its axes are turned. Import gives
+`LazyLeaf`s, which read from the memory-mapped file only what is asked of them, so that weights go straight onto their
+shards; export walks the same rows backwards.
+"""
+
+import dataclasses
+import fnmatch
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, NamedSharding
+
+from jaxembed.errors import UserError
+from jaxembed.hf.files import listing
+
+Shape = tuple[int, ...]
+Index = tuple[slice, ...]
+
+
+class Transform(Protocol):
+    """How a tensor's axes are turned, both ways, without copying. Shapes are those of one layer."""
+
+    def hf_shape(self, shape: Shape) -> Shape:
+        """Returns the shape of the checkpoint's tensor for a leaf of this shape."""
+
+    def to_ours(self, tensor: np.ndarray, shape: Shape) -> np.ndarray:
+        """Returns the tensor as a view in our axes; it may have fewer rows than `shape`, the rest being zeros."""
+
+    def to_hf(self, array: np.ndarray) -> np.ndarray:
+        """The inverse of `to_ours`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Same:
+    """The tensor as it is."""
+
+    def hf_shape(self, shape: Shape) -> Shape:
+        return shape
+
+    def to_ours(self, tensor: np.ndarray, shape: Shape) -> np.ndarray:
+        return tensor
+
+    def to_hf(self, array: np.ndarray) -> np.ndarray:
+        return array
+
+
+@dataclasses.dataclass(frozen=True)
+class Flat:
+    """[H * K] ↔ [H, K]."""
+
+    def hf_shape(self, shape: Shape) -> Shape:
+        return (math.prod(shape),)
+
+    def to_ours(self, tensor: np.ndarray, shape: Shape) -> np.ndarray:
+        return tensor.reshape(shape)
+
+    def to_hf(self, array: np.ndarray) -> np.ndarray:
+        return array.reshape(-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """torch's [out, in] ↔ our [in, out], the first `inputs` dimensions of ours being the input's: [H, K, D] has 2."""
+
+    inputs: int = 1
+
+    def hf_shape(self, shape: Shape) -> Shape:
+        return math.prod(shape[self.inputs :]), math.prod(shape[: self.inputs])
+
+    def to_ours(self, tensor: np.ndarray, shape: Shape) -> np.ndarray:
+        return tensor.T.reshape(shape)  # splits axes only: a view
+
+    def to_hf(self, array: np.ndarray) -> np.ndarray:
+        return array.reshape(math.prod(array.shape[: self.inputs]), -1).T
+
+
+@dataclasses.dataclass(frozen=True)
+class PadRows:
+    """[rows, …] ↔ the same with zero rows behind: a vocabulary padded to a round size."""
+
+    rows: int
+
+    def hf_shape(self, shape: Shape) -> Shape:
+        return (self.rows, *shape[1:])
+
+    def to_ours(self, tensor: np.ndarray, shape: Shape) -> np.ndarray:
+        return tensor
+
+    def to_hf(self, array: np.ndarray) -> np.ndarray:
+        return array[: self.rows]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One leaf of ours and the tensors it is made of.
+
+    Attributes:
+      hf: the tensor's name; with '{i}' in it a tensor per layer, stacked on our leaf's axis 0.
+      ours: the leaf's path, joined by '/'.
+      transform: how a layer's axes are turned.
+    """
+
+    hf: str
+    ours: str
+    transform: Transform = Same()
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the leaf holds all layers."""
+        return "{i}" in self.hf
+
+    def names(self, layers: int) -> list[str]:
+        """Returns the names of the leaf's tensors."""
+        return [self.hf.format(i=i) for i in range(layers)] if self.stacked else [self.hf]
+
+    def layer_shape(self, shape: Shape) -> Shape:
+        """Returns the shape of one layer of a leaf of this shape."""
+        return shape[1:] if self.stacked else shape
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyLeaf:
+    """A leaf that is still on disk. `leaf[index]` reads a part of it.
+
+    Attributes:
+      shape: of the whole leaf.
+      dtype: the checkpoint's.
+      parts: a view per layer of a stacked leaf, else one.
+      stacked: whether axis 0 runs over the parts.
+    """
+
+    shape: Shape
+    dtype: np.dtype
+    parts: tuple[np.ndarray, ...]
+    stacked: bool
+
+    def __getitem__(self, index: Index) -> np.ndarray:
+        """Reads the slices `index` (the missing ones at the end are whole) in the checkpoint's dtype."""
+        return self.read(index, self.dtype)
+
+    def read(self, index: Index, dtype: np.dtype) -> np.ndarray:
+        """Reads the slices `index` as `dtype`, into memory of its own."""
+        whole = (*index, *(slice(None),) * (len(self.shape) - len(index)))
+        ranges = [range(*s.indices(n)) for s, n in zip(whole, self.shape)]
+        out = np.zeros([len(r) for r in ranges], dtype)
+        within = tuple(slice(r.start, r.stop, r.step) for r in (ranges[1:] if self.stacked else ranges))
+        targets = [out[j, ...] for j in range(len(out))] if self.stacked else [out]
+        parts = [self.parts[i] for i in ranges[0]] if self.stacked else self.parts
+        for target, part in zip(targets, parts):
+            values = part[within]  # numpy clips at the end of a part that has fewer rows than the leaf
+            target[tuple(slice(n) for n in values.shape)] = values
+        return out
+
+
+def import_leaves(
+    rows: Sequence[Row],
+    tensors: Mapping[str, np.ndarray],
+    shapes: Mapping[str, Shape],
+    layers: int,
+    *,
+    where: str,
+    ignored: Sequence[str] = (),
+    prefixes: Sequence[str] = ("",),
+    renames: Sequence[tuple[str, str]] = (),
+) -> dict[str, LazyLeaf]:
+    """Finds the tensors of every leaf.
+
+    Args:
+      rows: the architecture's table.
+      tensors: the checkpoint's, by name.
+      shapes: path → shape of every leaf that the model has.
+      layers: n, the length of stacked leaves.
+      where: the folder, for messages.
+      ignored: patterns (fnmatch) of names without prefix that an embedding model has no use for.
+      prefixes: what may stand before all names; the first one that fits is taken off.
+      renames: (regex, replacement) from old names to those of the table.
+
+    Returns:
+      A LazyLeaf for every path of `shapes`.
+
+    Raises:
+      UserError: lists every tensor that is missing, unknown, misshaped or not floating point, and every leaf that no
+        row fills.
+    """
+    named, problems = _normalise(tensors, rows, prefixes, renames)
+    leaves: dict[str, LazyLeaf] = {}
+    for row in rows:
+        if row.ours not in shapes:
+            problems.append(f"the model has no leaf {row.ours} for the tensors {row.hf}")
+            continue
+        shape = tuple(shapes[row.ours])
+        if row.stacked and shape[0] != layers:
+            raise ValueError(f"leaf {row.ours} of shape {shape} is not stacked over {layers} layers")
+        found = {name: named.pop(name, None) for name in row.names(layers)}
+        wanted = row.transform.hf_shape(row.layer_shape(shape))
+        faults = [fault for name, tensor in found.items() if (fault := _fault(name, tensor, wanted, row.ours))]
+        problems += faults
+        if not faults:
+            parts = tuple(row.transform.to_ours(tensor, row.layer_shape(shape)) for tensor in found.values())
+            leaves[row.ours] = LazyLeaf(shape, parts[0].dtype, parts, row.stacked)
+    problems += [f"nothing fills {path} {list(shapes[path])}" for path in shapes if path not in {r.ours for r in rows}]
+    for name, tensor in named.items():
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in ignored):
+            problems.append(f"unknown tensor {name} {list(tensor.shape)}")
+    if problems:
+        raise UserError(f"{where}: the weights do not fit the model: {listing(problems)}")
+    return leaves
+
+
+def _normalise(
+    tensors: Mapping[str, np.ndarray], rows: Sequence[Row], prefixes: Sequence[str], renames: Sequence[tuple[str, str]]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Takes off the prefix and applies the renames; returns the tensors by their new names, and what went wrong."""
+    tops = [row.hf for row in rows if not row.stacked]
+    prefix = next((p for p in prefixes if any(p + name in tensors for name in tops)), "")
+    named: dict[str, np.ndarray] = {}
+    problems = []
+    for original, tensor in tensors.items():
+        name = original.removeprefix(prefix)
+        for pattern, replacement in renames:
+            name = re.sub(pattern, replacement, name)
+        if name in named:
+            problems.append(f"tensor {original} is there twice, under another name too")
+        named[name] = tensor
+    return named, problems
+
+
+def _fault(name: str, tensor: np.ndarray | None, wanted: Shape, ours: str) -> str:
+    if tensor is None:
+        return f"missing tensor {name} {list(wanted)} (for {ours})"
+    if tensor.shape != wanted:
+        return f"tensor {name} has shape {list(tensor.shape)}, wants {list(wanted)} (for {ours})"
+    if not jnp.issubdtype(tensor.dtype, jnp.floating):
+        return f"tensor {name} is {tensor.dtype}, wants floating point (quantised weights are not read)"
+    return ""
+
+
+def load_onto(leaves: Mapping[str, LazyLeaf], targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Reads leaves straight onto their shards, each process only what its own devices hold.
+
+    Args:
+      leaves: by path, from `import_leaves`.
+      targets: the wanted shape, dtype and sharding of each path to load; shardings over an abstract mesh
+        (`jax.eval_shape` gives such) are taken to be over the mesh that is set.
+
+    Returns:
+      Path → array of the target's dtype and sharding.
+    """
+    return {path: _load_leaf(leaves[path], target) for path, target in targets.items()}
+
+
+def _load_leaf(leaf: LazyLeaf, target: jax.ShapeDtypeStruct) -> jax.Array:
+    if leaf.shape != target.shape:
+        raise ValueError(f"a leaf of shape {leaf.shape} for a target of shape {target.shape}")
+    layout = target.sharding
+    if isinstance(layout, NamedSharding) and isinstance(layout.mesh, AbstractMesh):
+        layout = NamedSharding(jax.sharding.get_mesh(), layout.spec)
+    parts: dict[tuple, np.ndarray] = {}  # devices that hold the same part share one reading of it
+
+    def read(index: Index) -> np.ndarray:
+        key = tuple((s.start, s.stop) for s in index)
+        if key not in parts:
+            parts[key] = leaf.read(index, target.dtype)
+        return parts[key]
+
+    return jax.make_array_from_callback(target.shape, layout, read, dtype=target.dtype)
+
+
+def export_tensors(rows: Sequence[Row], leaves: Mapping[str, Any], layers: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Walks the table backwards: yields every tensor of the checkpoint with its name, as a view.
+
+    Only one leaf at a time is brought to the host.
+
+    Args:
+      rows: the architecture's table.
+      leaves: path → np.ndarray, or jax.Array all of whose shards this process can read.
+      layers: n, the length of stacked leaves.
+
+    Raises:
+      ValueError: leaves and rows are not the same, or a leaf is not stacked over `layers`. Nothing was yielded then.
+    """
+    if {row.ours for row in rows} != set(leaves):
+        odd = sorted({row.ours for row in rows} ^ set(leaves))
+        raise ValueError(f"leaves without a row of the table, or rows without a leaf: {', '.join(odd)}")
+    if any(row.stacked and leaves[row.ours].shape[0] != layers for row in rows):
+        raise ValueError(f"stacked leaves do not hold {layers} layers")
+    return _export(rows, leaves, layers)
+
+
+def _export(rows: Sequence[Row], leaves: Mapping[str, Any], layers: int) -> Iterator[tuple[str, np.ndarray]]:
+    for row in rows:
+        leaf = _to_host(leaves[row.ours])
+        for name, array in zip(row.names(layers), leaf if row.stacked else [leaf]):
+            yield name, row.transform.to_hf(array)
+
+
+def _to_host(leaf: np.ndarray | jax.Array) -> np.ndarray:
+    """Gathers a leaf without the host copy that `np.asarray` would leave in the jax.Array."""
+    if not isinstance(leaf, jax.Array):
+        return leaf
+    if not leaf.is_fully_addressable:
+        raise ValueError("an exported leaf has shards on other processes; gather it first")
+    out = np.empty(leaf.shape, leaf.dtype)
+    for shard in leaf.addressable_shards:
+        if shard.replica_id == 0:
+            out[shard.index] = np.asarray(shard.data)
+    return out

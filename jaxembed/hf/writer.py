@@ -1,0 +1,202 @@
+"""Writing a folder that sentence-transformers and transformers open without remote code.
+
+The legacy spelling of sentence-transformers' files is written: all its versions, and the other programs that serve such
+folders, read it.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxembed.errors import UserError
+from jaxembed.hf.architectures import Architecture
+from jaxembed.hf.files import read_optional_json
+from jaxembed.hf.folder import LEGACY_POOLING, POOLING_MODES
+from jaxembed.hf.safetensors_io import write_tensors
+from jaxembed.hf.table import export_tensors
+from jaxembed.hf.weights import DENSE_BIAS, DENSE_WEIGHT, dense_rows
+
+Array = np.ndarray | jax.Array
+
+SETTINGS = "config_sentence_transformers.json"
+MODULE_TYPE = "sentence_transformers.models."
+# Of the format, not of a program: the first sentence-transformers that reads all fields. `jaxembed` marks the folder as
+# one that may be replaced.
+VERSIONS = {"jaxembed": "1", "sentence_transformers": "3.0.0"}
+# Keys of a checkpoint's config.json that do not hold for what we write.
+DROPPED = ("_name_or_path", "auto_map", "quantization_config", "transformers_version")
+
+
+class SavedTokenizer(Protocol):
+    """What is asked of a tokenizer; see `jaxembed.data.tokenizer.Tokenizer`."""
+
+    def save(self, folder: pathlib.Path, max_length: int) -> None: ...
+
+
+def write_folder(
+    out: pathlib.Path,
+    *,
+    hf_config: Mapping[str, Any],
+    architecture: Architecture,
+    config: Any,
+    leaves: Mapping[str, Array],
+    tokenizer: SavedTokenizer,
+    pooling: str,
+    pool_prompt: bool,
+    normalize: bool,
+    projection: tuple[Array, Array | None] | None,
+    max_length: int,
+    prompts: Mapping[str, str],
+    default_prompt_name: str = "",
+    similarity: str = "cosine",
+    dtype: str = "float32",
+    unused: Mapping[str, np.ndarray] | None = None,
+    extra_files: Mapping[str, str] | None = None,
+) -> None:
+    """Writes the folder, all of it or nothing.
+
+    Args:
+      out: the folder to make. One that this function wrote, or an empty one, is replaced.
+      hf_config: config.json of the checkpoint that training began with, or from `architecture.fresh_hf_config`.
+      architecture: of the backbone.
+      config: the backbone's config; `hf_config` must say the same.
+      leaves: path → array of every leaf of the backbone.
+      tokenizer: writes its own files.
+      pooling: 'mean' | 'cls' | 'last' | 'weighted_mean'.
+      pool_prompt: whether the prompt's tokens are pooled.
+      normalize: whether vectors are brought to length 1.
+      projection: kernel [D, E] and bias [E] or None of the layer after pooling; None for no such layer.
+      max_length: longest text in tokens.
+      prompts: name → text.
+      default_prompt_name: one of prompts, '' for none.
+      similarity: 'cosine' | 'dot' | 'euclidean' | 'manhattan'.
+      dtype: of the tensors written: 'float32' | 'bfloat16' | 'float16'.
+      unused: from `jaxembed.hf.weights.unused_tensors`; those not given are written as zeros.
+      extra_files: name → text of further files, such as README.md.
+
+    Raises:
+      UserError: something else is at `out`, or it cannot be written.
+      ValueError: the arguments do not fit one another.
+    """
+    if architecture.config_from_hf(hf_config, "hf_config") != config:
+        raise ValueError(f"hf_config does not describe the backbone {config}")
+    if default_prompt_name and default_prompt_name not in prompts:
+        raise ValueError(f"default_prompt_name {default_prompt_name!r} is not one of the prompts")
+    kind = jnp.dtype(dtype)
+    width = config.width
+    with _replacing(out) as folder:
+        _write_json(folder / "config.json", _model_config(hf_config, architecture, dtype))
+        write_tensors(folder, _backbone_tensors(architecture, config, leaves, unused or {}, kind))
+        tokenizer.save(folder, max_length)
+        _write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
+        modules = [("Transformer", ""), ("Pooling", "1_Pooling")]
+        _write_pooling(folder / "1_Pooling", width, pooling, pool_prompt)
+        if projection is not None:
+            modules.append(("Dense", "2_Dense"))
+            _write_dense(folder / "2_Dense", *projection, kind)
+        if normalize:
+            modules.append(("Normalize", f"{len(modules)}_Normalize"))
+            (folder / modules[-1][1]).mkdir()
+        _write_json(
+            folder / "modules.json",
+            [
+                {"idx": i, "name": str(i), "path": path, "type": MODULE_TYPE + name}
+                for i, (name, path) in enumerate(modules)
+            ],
+        )
+        settings = {
+            "__version__": VERSIONS,
+            "model_type": "SentenceTransformer",
+            "prompts": dict(prompts),
+            "default_prompt_name": default_prompt_name or None,
+            "similarity_fn_name": similarity,
+        }
+        _write_json(folder / SETTINGS, settings)
+        for name, text in (extra_files or {}).items():
+            (folder / name).write_text(text, encoding="utf-8")
+
+
+def _model_config(hf_config: Mapping[str, Any], architecture: Architecture, dtype: str) -> dict[str, Any]:
+    """config.json; the dtype under its names in transformers 5 and 4."""
+    kept = {key: value for key, value in hf_config.items() if key not in DROPPED}
+    return {**kept, "architectures": [architecture.hf_class], "dtype": dtype, "torch_dtype": dtype}
+
+
+def _backbone_tensors(
+    architecture: Architecture,
+    config: Any,
+    leaves: Mapping[str, Array],
+    unused: Mapping[str, np.ndarray],
+    dtype: np.dtype,
+) -> Iterator[tuple[str, np.ndarray]]:
+    for name, tensor in export_tensors(architecture.rows(config), leaves, config.layers):
+        yield name, tensor.astype(dtype, copy=False)
+    for name, shape in architecture.unused(config).items():
+        yield name, unused[name].astype(dtype, copy=False) if name in unused else np.zeros(shape, dtype)
+
+
+def _write_pooling(folder: pathlib.Path, width: int, pooling: str, pool_prompt: bool) -> None:
+    theirs = {ours: name for name, ours in POOLING_MODES.items()}[pooling]
+    folder.mkdir()
+    booleans = {key: mode == theirs for key, mode in LEGACY_POOLING.items()}
+    _write_json(folder / "config.json", {"word_embedding_dimension": width, **booleans, "include_prompt": pool_prompt})
+
+
+def _write_dense(folder: pathlib.Path, kernel: Array, bias: Array | None, dtype: np.dtype) -> None:
+    folder.mkdir()
+    config = {
+        "in_features": kernel.shape[0],
+        "out_features": kernel.shape[1],
+        "bias": bias is not None,
+        "activation_function": "torch.nn.modules.linear.Identity",
+    }
+    _write_json(folder / "config.json", config)
+    leaves = {DENSE_WEIGHT.ours: kernel} | ({} if bias is None else {DENSE_BIAS.ours: bias})
+    tensors = export_tensors(dense_rows(bias is not None), leaves, 0)
+    write_tensors(folder, ((name, tensor.astype(dtype, copy=False)) for name, tensor in tensors))
+
+
+def _write_json(path: pathlib.Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _replacing(out: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Gives a new folder beside `out`, and puts it in `out`'s place when the block ends well."""
+    out = out.resolve()
+    if out.exists() and not _replaceable(out):
+        raise UserError(f"{out}: is there already and is no exported folder; remove it, or export to another place")
+    tag = uuid.uuid4().hex[:8]
+    new, old = out.with_name(f".{out.name}.{tag}.new"), out.with_name(f".{out.name}.{tag}.old")
+    try:
+        new.mkdir(parents=True)
+        yield new
+        if out.exists():
+            os.rename(out, old)
+        try:
+            os.rename(new, out)
+        except OSError:
+            if old.exists():
+                os.rename(old, out)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _replaceable(out: pathlib.Path) -> bool:
+    if not out.is_dir():
+        return False
+    versions = read_optional_json(out / SETTINGS).get("__version__")
+    return not any(out.iterdir()) or (isinstance(versions, dict) and "jaxembed" in versions)

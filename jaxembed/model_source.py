@@ -1,0 +1,236 @@
+"""Where a model comes from: a Hugging Face folder, another run, or scratch.
+
+A `Blueprint` is all that is known of a model but its trained weights: architecture, head, tokenizer, prompts, limits.
+A run keeps its blueprint in WORKDIR/model/, so that its checkpoints can be used without the folder it started from.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxembed import checkpoint, run_folder
+from jaxembed.config import AUTO, Config, ModelConfig
+from jaxembed.data.tokenizer import Tokenizer
+from jaxembed.errors import UserError
+from jaxembed.hf.architectures import Architecture, architecture
+from jaxembed.hf.folder import Folder, read_folder
+from jaxembed.hf.hub import resolve
+from jaxembed.hf.safetensors_io import open_tensors, write_tensors
+from jaxembed.hf.table import load_onto
+from jaxembed.hf.weights import backbone_leaves, projection_leaves, unused_tensors
+from jaxembed.models.options import ModelOptions
+from jaxembed.models.text_encoder import HeadConfig, ModelFactory, Params, TextEncoder, flatten, unflatten
+
+FOLDER = "model"
+BACKBONE = "backbone/"
+
+Loader = Callable[[ModelFactory], Params]  # puts the weights onto the mesh in use
+
+
+@dataclasses.dataclass(frozen=True)
+class Blueprint:
+    """A model without its trained weights.
+
+    Attributes:
+      hf_config: the Hugging Face config.json; its model_type names the architecture.
+      head: from token states to a vector.
+      max_length: longest text in tokens.
+      prompts: named prompts.
+      default_prompt_name: the prompt used when none is named; '' for none.
+      similarity: how vectors are meant to be compared: 'cosine', 'dot', 'euclidean', 'manhattan'.
+      truncate_dim: vectors are cut to this many dimensions after all else; 0 for not.
+      tokenizer: texts to token ids.
+      unused: tensors that the architecture's class has and embeddings do not use; handed through to the export.
+    """
+
+    hf_config: dict[str, Any]
+    head: HeadConfig
+    max_length: int
+    prompts: dict[str, str]
+    default_prompt_name: str
+    similarity: str
+    truncate_dim: int
+    tokenizer: Tokenizer
+    unused: Mapping[str, np.ndarray]
+
+    @property
+    def architecture(self) -> Architecture:
+        """The entry in the table of architectures."""
+        return architecture(self.hf_config["model_type"])
+
+    @property
+    def backbone(self) -> Any:
+        """The backbone's frozen config."""
+        return self.architecture.config_from_hf(self.hf_config)
+
+    def factory(self, options: ModelOptions, seed: int = 0) -> ModelFactory:
+        """Returns the maker of this model; `seed` is that of fresh weights."""
+        make, backbone = self.architecture.backbone, self.backbone
+        return ModelFactory(lambda: TextEncoder(jax.random.key(seed), make, backbone, self.head, options))
+
+    def save(self, folder: pathlib.Path) -> None:
+        """Writes the blueprint; `load` reads it."""
+        self.tokenizer.save(folder, self.max_length)
+        if self.unused:
+            (folder / "unused").mkdir(exist_ok=True)
+            write_tensors(folder / "unused", self.unused)
+        said = dataclasses.asdict(dataclasses.replace(self, tokenizer=None, unused=None))
+        run_folder.write_json(folder / "blueprint.json", said)
+
+    @classmethod
+    def load(cls, folder: pathlib.Path) -> "Blueprint":
+        """Reads what `save` wrote.
+
+        Raises:
+          UserError: there is none.
+        """
+        try:
+            said = json.loads((folder / "blueprint.json").read_text())
+        except FileNotFoundError as error:
+            raise UserError(f"{folder.parent}: not the folder of a run that has started: no {folder.name}/") from error
+        unused = open_tensors(folder / "unused") if (folder / "unused").exists() else {}
+        loaded = {"head": HeadConfig(**said["head"]), "tokenizer": Tokenizer.load(f"hf:{folder}"), "unused": unused}
+        return cls(**(said | loaded))
+
+
+def options(model: ModelConfig) -> ModelOptions:
+    """Returns how the config wants the model computed."""
+    return ModelOptions(**{f.name: getattr(model, f.name) for f in dataclasses.fields(ModelOptions)})
+
+
+def open_source(c: Config) -> tuple[Blueprint, Loader]:
+    """Finds the model that the config starts from, with the head that the config wants.
+
+    Raises:
+      UserError: a folder, run or architecture that does not serve.
+    """
+    kind, _, where = c.model.init.partition(":")
+    if kind == "hf":
+        blueprint, load = open_folder(resolve(where))
+    elif kind == "run":
+        blueprint, load = open_run(where)
+    else:
+        blueprint, load = _scratch(c)
+    return _adapted(blueprint, c), load
+
+
+def open_folder(path: pathlib.Path) -> tuple[Blueprint, Loader]:
+    """Opens a sentence-transformers or transformers folder.
+
+    Raises:
+      UserError: it does not hold a model that we know; see `jaxembed.hf.folder.read_folder`.
+    """
+    folder = read_folder(path)
+    width, bias = (folder.dense.out_features, folder.dense.bias) if folder.dense else (0, False)
+    blueprint = Blueprint(
+        hf_config=folder.hf_config,
+        head=HeadConfig(folder.pooling, folder.pool_prompt, width, bias, folder.normalize),
+        max_length=folder.max_length,
+        prompts=dict(folder.prompts),
+        default_prompt_name=folder.default_prompt_name,
+        similarity=folder.similarity,
+        truncate_dim=folder.truncate_dim or 0,
+        tokenizer=Tokenizer.load(f"hf:{folder.transformer}"),
+        unused=unused_tensors(folder),
+    )
+    _require_fitting(blueprint.tokenizer, blueprint, f"{path}: its tokenizer")
+    return blueprint, lambda factory: _load_folder(folder, factory)
+
+
+def open_run(spec: str) -> tuple[Blueprint, Loader]:
+    """Opens a run's checkpoint: 'DIR', 'DIR@STEP' or 'DIR@best'.
+
+    Raises:
+      UserError: there is no such run or checkpoint.
+    """
+    checkpoint.find(spec)
+    blueprint = Blueprint.load(checkpoint.split(spec)[0] / FOLDER)
+
+    def load(factory: ModelFactory) -> Params:
+        abstract = factory.abstract()
+        had = flatten(blueprint.factory(ModelOptions()).abstract())  # the run may lack a projection that we add
+        stored = unflatten({path: leaf for path, leaf in flatten(abstract).items() if path in had})
+        params = checkpoint.restore_model(spec, stored)
+        return _completed(jax.tree.map(lambda x, like: x.astype(like.dtype), params, stored), factory)
+
+    return blueprint, load
+
+
+def _load_folder(folder: Folder, factory: ModelFactory) -> Params:
+    wanted = flatten(factory.abstract())
+    shapes = {path.removeprefix(BACKBONE): x.shape for path, x in wanted.items() if path.startswith(BACKBONE)}
+    leaves = {BACKBONE + path: leaf for path, leaf in backbone_leaves(folder, shapes).items()}
+    if folder.dense:
+        leaves |= projection_leaves(folder.dense)
+    return _completed(unflatten(load_onto(leaves, {path: wanted[path] for path in leaves})), factory)
+
+
+def _completed(params: Params, factory: ModelFactory) -> Params:
+    """Adds a fresh projection where the config wants one and the weights have none."""
+    if "projection" in factory.abstract() and "projection" not in params:
+        params["projection"] = jax.jit(lambda: factory.fresh()["projection"])()
+    return params
+
+
+def _scratch(c: Config) -> tuple[Blueprint, Loader]:
+    arch = architecture(c.model.arch)
+    tokenizer = Tokenizer.load(_tokenizer_spec(c.tokenizer))
+    shape = dict(c.model.shape)
+    hf_config = arch.fresh_hf_config(shape, tokenizer, "config.model.shape")
+    longest = arch.config_from_hf(hf_config).max_length
+    blueprint = Blueprint(hf_config, HeadConfig(), longest, {}, "", "cosine", 0, tokenizer, {})
+    return blueprint, lambda factory: jax.jit(factory.fresh)()
+
+
+def _adapted(blueprint: Blueprint, c: Config) -> Blueprint:
+    """Returns the blueprint with what the config asks for."""
+    m, head, arch, longest = c.model, blueprint.head, blueprint.architecture, blueprint.backbone.max_length
+    if m.arch not in (AUTO, arch.model_type):
+        raise UserError(f"config.model.arch = {m.arch!r}, but {m.init} is a {arch.model_type!r}: leave it 'auto'")
+    if m.attention not in arch.attention:
+        takes = ", ".join(arch.attention)
+        raise UserError(f"config.model.attention = {m.attention!r}: {arch.model_type} takes {takes}")
+    for side in ("query", "document"):
+        length = getattr(c.data.max_length, side)
+        if length > longest:
+            raise UserError(f"config.data.max_length.{side} = {length}: this {arch.model_type} takes at most {longest}")
+    if m.projection and head.projection and m.projection != head.projection:
+        raise UserError(f"config.model.projection = {m.projection}, but {m.init} has one of width {head.projection}")
+    tokenizer = blueprint.tokenizer
+    if c.tokenizer != AUTO:
+        tokenizer = Tokenizer.load(_tokenizer_spec(c.tokenizer))
+        _require_fitting(tokenizer, blueprint, f"config.tokenizer = {c.tokenizer}")
+    head = HeadConfig(
+        pooling=head.pooling if m.pooling == AUTO else m.pooling,
+        pool_prompt=m.pool_prompt and head.pool_prompt,
+        projection=m.projection or head.projection,
+        projection_bias=head.projection_bias,
+        normalize=m.normalize,
+    )
+    if head.pooling == "last" and not tokenizer.appends_eos:
+        raise UserError("config.model.pooling = 'last': the tokenizer ends no text with an end token to pool")
+    lengths = (c.data.max_length.query, c.data.max_length.document)
+    return dataclasses.replace(
+        blueprint,
+        head=head,
+        tokenizer=tokenizer,
+        max_length=max(length or blueprint.max_length for length in lengths),
+        prompts=blueprint.prompts | {name: text for name, text in c.prompts.items() if text},
+        truncate_dim=0,
+    )
+
+
+def _require_fitting(tokenizer: Tokenizer, blueprint: Blueprint, what: str) -> None:
+    size = blueprint.backbone.vocab_size
+    if tokenizer.vocab_size > size:
+        raise UserError(f"{what} has {tokenizer.vocab_size} tokens, but the model's table only {size}")
+
+
+def _tokenizer_spec(spec: str) -> str:
+    kind, _, where = spec.partition(":")
+    return f"hf:{resolve(where)}" if kind == "hf" else spec

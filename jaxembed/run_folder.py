@@ -1,0 +1,76 @@
+"""What a run's folder says about the run: config.json, and model/ with all that is needed to use its weights."""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+from jaxembed import config as config_lib
+from jaxembed.config import Config
+from jaxembed.errors import UserError
+
+CONFIG = "config.json"
+
+# Fields that may change between starts of one run: they do not enter the weights, or not by more than rounding.
+FREE = ("steps", "epochs", "log_every", "mesh", "eval", "checkpoint", "export", "data.cache_dir", "data.prefetch")
+
+
+def read_config(workdir: pathlib.Path) -> Config:
+    """Reads the resolved config of a run.
+
+    Raises:
+      UserError: there is none.
+    """
+    path = workdir / CONFIG
+    try:
+        return config_lib.load(json.loads(path.read_text()))
+    except FileNotFoundError as error:
+        raise UserError(f"{workdir}: no {CONFIG} here, so this is not a run's folder") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: broken JSON: {error}") from error
+
+
+def claim(workdir: pathlib.Path, config: Config, write: bool = True) -> None:
+    """Makes the folder this run's, or makes sure that it already is.
+
+    Raises:
+      UserError: the folder cannot be written, or holds a run of another config: the message says what differs.
+    """
+    if (workdir / CONFIG).exists():
+        different = differences(config_lib.to_json(read_config(workdir)), config_lib.to_json(config))
+        if different:
+            raise UserError(
+                f"{workdir} holds a run of another config ({'; '.join(different)}): take another --workdir, "
+                "or the same config"
+            )
+    if write:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            write_json(workdir / CONFIG, config_lib.to_json(config))
+        except OSError as error:
+            raise UserError(f"--workdir={workdir}: cannot be written: {error.strerror}") from error
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """Returns 'field: old → new' for every field, but the free ones, in which two configs differ."""
+    if where in FREE:
+        return []
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(key for key in new if key not in old)]
+        return [
+            line
+            for key in keys
+            for line in differences(old.get(key, "absent"), new.get(key, "absent"), f"{where}.{key}".lstrip("."))
+        ]
+    return [] if _plain(old) == _plain(new) else [f"{where}: {old!r} → {new!r}"]
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes JSON so that the file is whole or not there."""
+    part = path.with_suffix(f".{os.getpid()}.tmp")
+    part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    os.replace(part, path)
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))
