@@ -102,7 +102,7 @@ class BatchBuilder:
         if plan.batch_size % n_bins:
             raise UserError(
                 f"config.batch_size = {plan.batch_size} is not a multiple of {shards} shards of the mesh "
-                f"(data × fsdp × expert) × config.grad_cache = {micro_batches}: set a multiple of {n_bins}"
+                f"(data x fsdp x expert) times config.grad_cache = {micro_batches}: set a multiple of {n_bins}"
             )
         if plan.max_length > row_length:
             raise UserError(

@@ -77,13 +77,13 @@ def _best_subset(seen: np.ndarray, counts: np.ndarray, top: int, most: int) -> l
     ends = np.append(seen, top)
     steps_before = np.concatenate([[0], np.cumsum(counts)])
     rows_before = np.concatenate([[0], np.cumsum(counts * seen)])
-    # waste[i, j]: rows wasted when the numbers i … j-1 are padded to the end of the j-th (or to the top).
+    # waste[i, j]: rows wasted when the numbers i … j are padded to the j-th; the top stands behind the last number.
     i, j = np.ogrid[: ends.size, : ends.size]
     last = np.minimum(j + 1, seen.size)
     waste = np.where(i <= j, ends[j] * (steps_before[last] - steps_before[i]) - (rows_before[last] - rows_before[i]), 0)
     unreachable = rows_before[-1] + ends[-1] * steps_before[-1] + 1
     waste = np.where(i <= j, waste, unreachable)
-    # best[j]: the least waste of the numbers up to the j-th, when the last of k rungs is its end.
+    # best[j]: the least waste of the numbers up to the j-th, when it is the highest of k + 1 rungs.
     best = waste[0]
     origins: list[np.ndarray] = []
     totals = [best[-1]]

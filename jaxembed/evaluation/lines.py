@@ -28,8 +28,10 @@ def read_lines(path: pathlib.Path) -> Iterator[tuple[str, str]]:
     """Yields ('FILE:LINE', the line without its end) for every line that is not blank.
 
     Raises:
-      UserError: the file cannot be read, is a broken gzip file, or is not UTF-8.
+      UserError: there is no such file, it is a broken gzip file, or it is not UTF-8.
     """
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file")
     number = 0
     try:
         with gzip.open(path) if path.name.endswith(".gz") else open(path, "rb") as stream:

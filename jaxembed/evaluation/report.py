@@ -14,7 +14,7 @@ def main_scores(results: dict[str, dict[str, float]]) -> dict[str, float]:
 
 
 def flat_scores(results: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Returns all scores by metric name: those of `main_scores`, each followed by 'eval/KIND/NAME/METRIC' of the rest."""
+    """Returns all scores by metric name: the main ones as in `main_scores`, the others as 'eval/KIND/NAME/METRIC'."""
     flat: dict[str, float] = {}
     for task, scores in results.items():
         flat |= main_scores({task: scores})

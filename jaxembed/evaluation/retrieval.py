@@ -51,8 +51,8 @@ def read_retrieval(folder: str | pathlib.Path) -> RetrievalData:
         raise UserError(f"{folder}: there is no such folder of corpus.jsonl, queries.jsonl and qrels.tsv")
     corpus_path, queries_path = find_file(folder, "corpus.jsonl"), find_file(folder, "queries.jsonl")
     qrels_path = find_file(folder, "qrels.tsv", "qrels/test.tsv")
-    documents = dict(sorted(_read_texts(corpus_path).items()))
-    all_queries, qrels = _read_texts(queries_path), _read_qrels(qrels_path)
+    documents = dict(sorted(_read_texts(corpus_path, titled=True).items()))
+    all_queries, qrels = _read_texts(queries_path, titled=False), _read_qrels(qrels_path)
     queries = {query: text for query, text in all_queries.items() if query in qrels}
     if not queries:
         raise UserError(f"{qrels_path}: no query of {queries_path} has a document of score > 0 here")
@@ -120,15 +120,17 @@ def _metrics(found_QxK: np.ndarray, gains: list[dict[str, float]]) -> dict[str, 
     return {name: 100 * float(values_Q.mean()) for name, values_Q in metrics_Q.items()}
 
 
-def _read_texts(path: pathlib.Path) -> dict[str, str]:
-    """Returns text by id, in the file's order."""
+def _read_texts(path: pathlib.Path, titled: bool) -> dict[str, str]:
+    """Returns text by id, in the file's order; with the title, where there is one, if `titled`."""
     texts: dict[str, str] = {}
     for where, row in read_objects(path):
         key = id_of(row, "_id", where)
         if key in texts:
             raise UserError(f"{where}: the _id {key!r} was given to an earlier row; ids must differ")
-        title = text_of(row, "title", where) if row.get("title") is not None else ""
-        texts[key] = f"{title} {text_of(row, 'text', where)}".strip()
+        texts[key] = text_of(row, "text", where)
+        if titled:
+            title = text_of(row, "title", where) if row.get("title") is not None else ""
+            texts[key] = f"{title} {texts[key]}".strip()
     if not texts:
         raise UserError(f"{path}: the file is empty")
     return texts

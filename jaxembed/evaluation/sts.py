@@ -42,7 +42,7 @@ def read_sts(path: str | pathlib.Path) -> StsData:
         sentences2.append(text_of(row, "sentence2", where))
         scores.append(number_of(row, "score", where))
     if len(set(scores)) < 2:
-        raise UserError(f"{path}: wants rows with at least two different scores, has {len(scores)} rows with none such")
+        raise UserError(f"{path}: has {len(scores)} rows, none with another score than the rest: nothing to rank")
     name = path.name
     for suffix in SUFFIXES:
         name = name.removesuffix(suffix)

@@ -26,11 +26,11 @@ def unit_vectors(encode: Encode, texts: list[str], prompt_name: str) -> np.ndarr
       UserError: a vector is not finite.
     """
     vectors_NxE = np.array(encode(texts, prompt_name), np.float32)  # a copy, which is then changed in place
-    norms_N = np.linalg.norm(vectors_NxE, axis=1)
+    norms_N = np.sqrt(np.einsum("ne,ne->n", vectors_NxE, vectors_NxE, dtype=np.float64))
     broken = int((~np.isfinite(norms_N)).sum())
     if broken:
         raise UserError(
             f"{broken} of {len(texts)} vectors are not finite: the model's weights are broken, or overflow in its dtype"
         )
-    vectors_NxE /= np.maximum(norms_N, MIN_NORM)[:, None]
+    vectors_NxE /= np.maximum(norms_N, MIN_NORM).astype(np.float32)[:, None]
     return vectors_NxE

@@ -1,0 +1,184 @@
+import dataclasses
+import gc
+import threading
+
+import jax
+import numpy as np
+import pytest
+from fake_cache import random_cache, simple_cache, tokens_of_name
+
+from jaxembed.config import MaxLength, PromptConfig, SourceConfig
+from jaxembed.data.batch import NO_TEXT, VOID
+from jaxembed.data.loader import BatchBuilder, prefetch
+from jaxembed.data.plan import Plan
+from jaxembed.data.rungs import choose_row_length
+from jaxembed.errors import UserError
+
+P, K, T = 2, 3, 6
+
+
+@pytest.fixture(scope="module")
+def plan():
+    """Two sources with repeated texts, groups, several positives, missing negatives and different token types."""
+    caches = [random_cache(90, 0, prompt_length=2), random_cache(50, 1, first_name=30_000_000, token_type=np.uint32)]
+    sources = [SourceConfig(path="a"), SourceConfig(path="b", weight=2.0, negatives_from="all")]
+    return Plan(caches, sources, batch_size=64, positives=P, negatives=K, seed=7)
+
+
+def slots(batch, shards, micro_batches):
+    """Reads every text's tokens back from the rows: {(side, index of the side's arrays): tokens}, with checks."""
+    rows = batch.rows
+    n_queries = batch.queries.pair.size // (shards * micro_batches)
+    n_documents = batch.documents.pair.size // (shards * micro_batches)
+    rung = rows.tokens.shape[1] // shards
+    found = {}
+    for m in range(micro_batches):
+        for s in range(shards):
+            own = slice(s * rung, (s + 1) * rung)
+            spans, segments = rows.span_ids[m, own], rows.segment_ids[m, own]
+            np.testing.assert_array_equal(spans == -1, segments == 0)
+            for slot in np.unique(spans[spans >= 0]):
+                here = spans == slot
+                assert np.unique(np.nonzero(here)[0]).size == 1  # one row
+                assert np.all(np.diff(np.flatnonzero(here)) == 1)  # without holes
+                assert rows.positions[m, own][here].tolist() == list(range(here.sum()))
+                (segment,) = set(segments[here].tolist())
+                side = "query" if slot < n_queries else "document"
+                index = (s * micro_batches + m) * (n_queries if side == "query" else n_documents)
+                index += slot - (0 if side == "query" else n_queries)
+                relation = batch.queries if side == "query" else batch.documents
+                assert (segment - 1) // T == relation.pair[index]
+                found[side, int(index)] = (segment, rows.tokens[m, own][here], rows.prompt_mask[m, own][here])
+    return found
+
+
+def by_segment(batch, shards, micro_batches):
+    """What the batch says of each text, whatever the mesh: {segment id: (tokens, prompt, relation row)}."""
+    result = {}
+    for (side, index), (segment, tokens, prompt) in slots(batch, shards, micro_batches).items():
+        relation = batch.queries if side == "query" else batch.documents
+        row = [np.asarray(getattr(relation, f.name)[index]).tolist() for f in dataclasses.fields(relation)]
+        assert segment not in result
+        result[segment] = (tokens.tolist(), prompt.tolist(), str(row))
+    return result
+
+
+@pytest.mark.parametrize("shards, micro_batches, row_length", [(8, 1, 32), (1, 4, 64), (4, 2, 40), (8, 8, 32)])
+def test_the_same_batch_whatever_the_mesh(plan, shards, micro_batches, row_length):
+    builder = BatchBuilder(plan, shards, micro_batches, row_length)
+    for n in (0, 5):
+        batch, info = builder.build(n)
+        expected, _ = BatchBuilder(plan, 1, 1, 32).build(n)
+        assert by_segment(batch, shards, micro_batches) == by_segment(expected, 1, 1)
+        assert batch.rows.tokens.shape == (micro_batches, shards * info.rows_per_bin, row_length)
+
+
+def test_rows_hold_what_the_plan_names(plan):
+    batch, info = BatchBuilder(plan, 2, 2, 32).build(3)
+    step = plan.step(3)
+    found = slots(batch, 2, 2)
+    assert len(found) == np.count_nonzero(step.texts_BxT >= 0)
+    for segment, tokens, prompt in found.values():
+        pair, place = divmod(segment - 1, T)
+        cache, text = plan.caches[step.source_B[pair]], step.texts_BxT[pair, place]
+        np.testing.assert_array_equal(tokens, tokens_of_name(cache.names[text], cache.lengths[text]))
+        assert prompt.sum() == cache.prompt_lengths[text] and prompt[: prompt.sum()].all()
+    assert info.pairs == 64 and info.step == 3
+    assert info.real_tokens == np.count_nonzero(batch.rows.segment_ids) == step.lengths_BxT.sum()
+    assert info.padded_tokens == batch.rows.tokens.size
+    assert info.waste == pytest.approx(1 - info.real_tokens / batch.rows.tokens.size)
+
+
+def test_missing_texts_are_void_slots(plan):
+    batch, _ = BatchBuilder(plan, 4, 1, 32).build(0)
+    n_void = np.count_nonzero(plan.step(0).texts_BxT < 0)
+    assert n_void > 0
+    assert np.count_nonzero(batch.documents.pair == VOID) == np.count_nonzero(batch.documents.text == NO_TEXT) == n_void
+    assert np.all(batch.queries.pair >= 0)
+
+
+def test_bins_are_equal_in_texts_and_nearly_in_tokens():
+    sources = [SourceConfig(path="a")]
+    plan = Plan([simple_cache(500, negatives=2)], sources, batch_size=128, positives=1, negatives=2, seed=0)
+    layout = BatchBuilder(plan, 8, 2, 32).layout(1)
+    assert layout.texts_BinsxN.shape == (16, 32)
+    is_query = layout.texts_BinsxN % 4 == 0
+    assert is_query[:, :8].all() and not is_query[:, 8:].any()
+    assert sorted(layout.texts_BinsxN.ravel().tolist()) == list(range(512))
+    loads = plan.step(1).lengths_BxT.ravel()[layout.texts_BinsxN].sum(axis=1)
+    assert loads.max() - loads.min() <= 3
+
+
+def test_only_the_named_shards_are_filled(plan):
+    builder = BatchBuilder(plan, 4, 2, 32)
+    whole, info = builder.build(2)
+    part, _ = builder.build(2, shards=(1, 3))
+    own = np.isin(np.arange(whole.rows.tokens.shape[1]) // info.rows_per_bin, (1, 3))
+    for field in dataclasses.fields(whole.rows):
+        a, b = getattr(whole.rows, field.name), getattr(part.rows, field.name)
+        np.testing.assert_array_equal(a[:, own], b[:, own])
+        assert not b[:, ~own].any()
+    jax.tree.map(np.testing.assert_array_equal, (whole.queries, whole.documents), (part.queries, part.documents))
+
+
+def test_rungs_are_chosen_once_and_can_be_given(plan):
+    builder = BatchBuilder(plan, 2, 1, 32)
+    needed = [builder.layout(n).rows_needed for n in range(300)]
+    assert len(builder.rungs) <= 6 and builder.rungs[-1] == 64 * T // 2
+    assert {builder.build(n)[1].rows_per_bin for n in range(5)} <= set(builder.rungs)
+    assert np.mean(np.array(needed) <= builder.rungs[-2]) > 0.98
+    assert BatchBuilder(plan, 2, 1, 32, rungs=[150, 192]).build(0)[1].rows_per_bin == 150
+
+
+def test_set_ups_that_cannot_be_are_refused(plan):
+    with pytest.raises(UserError, match="batch_size = 64 is not a multiple of 3 shards"):
+        BatchBuilder(plan, 3, 1, 32)
+    with pytest.raises(UserError, match="row_length = 16 does not hold the longest text, 30 tokens"):
+        BatchBuilder(plan, 1, 1, 16)
+
+
+def test_prefetch_is_in_order_and_ends(plan):
+    builder = BatchBuilder(plan, 2, 2, 32)
+    batches = list(prefetch(builder, 3, 9, buffer=3))
+    assert [info.step for _, info in batches] == [3, 4, 5, 6, 7, 8]
+    expected, _ = builder.build(5)
+    jax.tree.map(np.testing.assert_array_equal, batches[2][0], expected)
+    assert list(prefetch(builder, 4, 4, buffer=2)) == []
+
+
+def test_prefetch_lets_errors_through_and_closes(plan):
+    class Broken(BatchBuilder):
+        def build(self, n, shards=None):
+            if n == 2:
+                raise UserError("tokens.bin: gone")
+            return super().build(n, shards)
+
+    batches = prefetch(Broken(plan, 1, 1, 32), 0, 10, buffer=2)
+    assert [next(batches)[1].step for _ in range(2)] == [0, 1]
+    with pytest.raises(UserError, match=r"tokens\.bin: gone"):
+        next(batches)
+    unfinished = prefetch(BatchBuilder(plan, 1, 1, 32), 0, 10**9, buffer=2)
+    next(unfinished)
+    unfinished.close()
+    gc.collect()
+    for thread in threading.enumerate():
+        if thread.name.startswith("grain-prefetch"):
+            thread.join(5)
+            assert not thread.is_alive()
+
+
+def test_captions_waste_at_most_five_percent(data_dir, minilm_dir, tmp_path):
+    from jaxembed.data.cache import build_or_open
+    from jaxembed.data.tokenizer import Tokenizer
+
+    source = SourceConfig(path=str(data_dir / "pairs" / "captions_val.jsonl.gz"))
+    tokenizer = Tokenizer.load(f"hf:{minilm_dir}")
+    cache = build_or_open(source, tokenizer, PromptConfig("", ""), MaxLength(256, 256), tmp_path, "error", False)
+    plan = Plan([cache], [source], batch_size=128, positives=1, negatives=7, seed=0)
+    builder = BatchBuilder(plan, 1, 1, choose_row_length([cache], 8))
+    infos = [builder.build(n)[1] for n in range(1000, 1030)]
+    assert 1 - sum(i.real_tokens for i in infos) / sum(i.padded_tokens for i in infos) < 0.05
+    step = plan.step(1000)
+    batch, _ = builder.build(1000)
+    tokens = batch.rows.tokens[batch.rows.segment_ids == 1 + 2 * 17]  # the query of pair 17
+    np.testing.assert_array_equal(tokens, cache.tokens_of(int(step.texts_BxT[17, 0])))
