@@ -5,7 +5,10 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from jaxembed.errors import UserError
@@ -55,8 +58,8 @@ class Checkpoints:
         return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """Restores a whole state onto the shardings of `like` (arrays or ShapeDtypeStructs)."""
-        like = jax.tree.map(_abstract, like)
+        """Restores a whole state, laid onto the mesh that is set as `like` (arrays or ShapeDtypeStructs) is."""
+        like = jax.tree.map(_target, like)
         parts = {"model": ocp.args.StandardRestore(like.params["model"]), "rest": ocp.args.StandardRestore(_rest(like))}
         if like.average:
             parts["average"] = ocp.args.StandardRestore(like.average)
@@ -79,17 +82,17 @@ def restore_model(spec: str, like: Any) -> Any:
 
     Args:
       spec: 'DIR', 'DIR@STEP' or 'DIR@best'.
-      like: parameters as ShapeDtypeStructs with shardings.
+      like: parameters as ShapeDtypeStructs with shardings, which are taken to be over the mesh that is set.
 
     Raises:
       UserError: no such run, step or best checkpoint.
     """
     step_folder = find(spec)
     part = "average" if (step_folder / "average").exists() else "model"
+    if part == "average":  # kept in float32, whatever the parameters' type
+        like = jax.tree.map(lambda x: x.update(dtype=jnp.float32), like)
     with ocp.StandardCheckpointer() as checkpointer:
-        if part == "average":  # kept in float32, whatever the parameters' type
-            like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "float32", sharding=x.sharding), like)
-        return checkpointer.restore(step_folder / part, like)
+        return checkpointer.restore(step_folder / part, jax.tree.map(_target, like))
 
 
 def split(spec: str) -> tuple[pathlib.Path, str]:
@@ -130,5 +133,7 @@ def _rest(state: TrainState) -> dict[str, Any]:
     return {"loss": state.params["loss"], "optimizer": state.optimizer, "step": state.step}
 
 
-def _abstract(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+def _target(x: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Describes an array to restore; what `jax.eval_shape` gives lies on an abstract mesh, scalars on none."""
+    spec = x.sharding.spec if x.sharding else P()
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(jax.sharding.get_mesh(), spec))

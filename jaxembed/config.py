@@ -33,6 +33,7 @@ class ModelConfig:
     dtype: str = "float32"  # of the computation: 'float32' | 'bfloat16'
     param_dtype: str = "float32"  # of the master weights and the optimizer
     remat: str = "none"  # what the backward pass recomputes: 'none' | 'dots' (keep matmuls) | 'full'
+    unroll: int = 0  # layers per iteration of the layer scan; 0 = all on CPU (faster, longer to compile), 1 elsewhere
     dropout: float = 0.0  # after embeddings and sub-layers
     attention_dropout: float = 0.0  # of attention weights; needs attention_kernel 'xla'
     attention_kernel: str = AUTO  # 'xla' | 'pallas' (Triton on GPU, splash on TPU); 'auto' = pallas where it serves

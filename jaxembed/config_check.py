@@ -1,5 +1,6 @@
 """Set-ups that cannot be right, refused before any device starts."""
 
+import math
 import re
 
 from jaxembed.config import Config
@@ -42,6 +43,7 @@ def _positive_numbers(c: Config) -> None:
         ("data.negatives", c.data.negatives),
         ("eval.every", c.eval.every),
         ("model.projection", c.model.projection),
+        ("model.unroll", c.model.unroll),
         ("optimizer.warmup_steps", c.optimizer.warmup_steps),
         ("optimizer.clip_norm", c.optimizer.clip_norm),
         ("optimizer.weight_decay", c.optimizer.weight_decay),
@@ -61,14 +63,14 @@ def _data(c: Config) -> None:
     for i, source in enumerate(c.data.train):
         where = f"config.data.train[{i}]"
         _require(bool(source.path), f"{where}.path is empty: set it, or give the training pairs with --data=FILE")
-        _require(source.weight > 0, f"{where}.weight = {source.weight:g}: must be above 0")
+        _require(0 < source.weight < math.inf, f"{where}.weight = {source.weight:g}: must be above 0, and finite")
         _require(
             source.in_batch or c.data.negatives > 0,
             f"{where}.in_batch = False and config.data.negatives = 0 leave its pairs without any negative",
         )
     row_length = c.data.row_length
     _require(
-        row_length == "auto" or (row_length.isdigit() and int(row_length) > 0),
+        row_length == "auto" or (row_length.isdecimal() and int(row_length) > 0),
         f"config.data.row_length = {row_length!r}: wants 'auto' or a number of tokens",
     )
     for side in ("query", "document"):

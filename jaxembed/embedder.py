@@ -120,7 +120,7 @@ class Embedder:
         texts = [texts] if single else list(texts)
         prompt = prompt or self._prompt(prompt_name or self.blueprint.default_prompt_name)
         vectors = np.zeros((len(texts), self.width), np.float32)
-        with Progress(console=Console(stderr=True), disable=not show_progress_bar) as progress:
+        with Progress(console=Console(stderr=True), transient=True, disable=not show_progress_bar) as progress:
             task = progress.add_task("encoding", total=len(texts))
             for first in range(0, len(texts), WINDOW):
                 window = vectors[first : first + WINDOW]

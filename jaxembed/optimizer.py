@@ -3,6 +3,7 @@
 import functools
 import inspect
 import re
+import types
 from typing import Any
 
 import jax
@@ -14,6 +15,9 @@ from jaxembed.config import OptimizerConfig, nearest
 from jaxembed.errors import UserError
 from jaxembed.models.text_encoder import Params, flatten
 
+# These want more than gradients and a schedule: the loss, its curvature, gradients per example, a fixed rate.
+UNSERVED = ("lbfgs", "momo", "momo_adam", "sophia", "dpsgd", "optimistic_adam", "rprop", "sm3")
+MASKS = ("mask", "weight_decay_mask")  # what optax's functions call the choice of what is decayed
 NOT_DECAYED = re.compile(r"(^|/)(bias|scale|log_temperature)$")  # norms, biases, the temperature
 
 
@@ -89,15 +93,20 @@ def freeze(params: Params, factors: Params) -> Params:
 def _by_name(config: OptimizerConfig, rate: optax.Schedule, factor: float) -> optax.GradientTransformation:
     known = {name: f for module in (optax.contrib, optax) for name, f in vars(module).items() if _is_optimizer(name, f)}
     if config.name not in known:
-        raise UserError(f"config.optimizer.name: optax has no optimizer {config.name!r}{nearest(config.name, known)}")
+        raise UserError(
+            f"config.optimizer.name: {config.name!r} is no optimizer of optax that works on gradients and a schedule"
+            f"{nearest(config.name, known)}"
+        )
     arguments = inspect.signature(known[config.name]).parameters
     for option in config.options:
-        if option not in arguments:
+        if option in ("learning_rate", "weight_decay"):
+            raise UserError(f"config.optimizer.options: {option!r} has a field of its own, config.optimizer.{option}")
+        if option not in arguments or option in MASKS:
             raise UserError(f"config.optimizer.options: {config.name} takes no {option!r}{nearest(option, arguments)}")
     if factor == 0:
         return optax.set_to_zero()
     make = functools.partial(known[config.name], lambda step: factor * rate(step), **config.options)
-    mask = next((name for name in ("mask", "weight_decay_mask") if name in arguments), None)
+    mask = next((name for name in MASKS if name in arguments), None)
     if "weight_decay" in arguments and mask:
         return make(**{"weight_decay": config.weight_decay, mask: _decayed})
     # Optimizers without a decay of their own get it coupled with the gradient, as torch's do.
@@ -106,9 +115,9 @@ def _by_name(config: OptimizerConfig, rate: optax.Schedule, factor: float) -> op
 
 
 def _is_optimizer(name: str, make: Any) -> bool:
-    if not inspect.isfunction(make) or name.startswith(("_", "scale_by_")) or name == "lbfgs":  # needs the loss itself
+    if not isinstance(make, types.FunctionType | functools.partial) or name.startswith(("_", "scale_by_")):
         return False
-    return next(iter(inspect.signature(make).parameters), "") == "learning_rate"
+    return name not in UNSERVED and next(iter(inspect.signature(make).parameters), "") == "learning_rate"
 
 
 def _decayed(params: Any) -> Any:

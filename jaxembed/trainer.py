@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from jax.experimental import multihost_utils
 
 from jaxembed import model_source, run_folder, sharding
@@ -26,9 +25,10 @@ from jaxembed.config import Config
 from jaxembed.data.batch import Batch
 from jaxembed.data.loader import StepInfo, prefetch
 from jaxembed.embedder import Embedder
-from jaxembed.errors import TrainingStopped
+from jaxembed.errors import TrainingStopped, UserError
+from jaxembed.evaluation.report import flat_scores
 from jaxembed.evaluation.tasks import Tasks
-from jaxembed.metrics import MetricsWriter
+from jaxembed.metrics import MetricsWriter, read_metrics
 from jaxembed.model_source import Blueprint
 from jaxembed.optimizer import make_optimizer
 from jaxembed.progress import Progress
@@ -67,6 +67,7 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, float]:
     main_process = jax.process_index() == 0
     mesh = sharding.make_mesh(config.mesh)
     tasks = Tasks.read(config.eval.sts, config.eval.retrieval)  # before anything slow: a missing file shows at once
+    tasks.require_metric(config.checkpoint.best)
     blueprint, load = model_source.open_source(config)
     run_folder.claim(workdir, config, write=main_process)
     if main_process:
@@ -75,6 +76,8 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, float]:
     start = checkpoints.latest()
     data = open_data(config, blueprint, mesh, checkpoints.meta(start) if start is not None else {})
     steps = config.steps or math.ceil(config.epochs * data.plan.steps_per_epoch)
+    if start is not None and start > steps:
+        raise UserError(f"{workdir} has done {start} steps, more than the {steps} asked for: raise config.steps")
     factory = blueprint.factory(model_source.options(config.model), config.seed)
     run = Run(config, workdir, mesh, blueprint, data, tasks, factory, steps)
     with jax.set_mesh(mesh):
@@ -87,7 +90,7 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, float]:
         writer.close()
         if config.export and int(state.step) == steps:
             Embedder(blueprint, factory, state.served, mesh).save(workdir / "export")
-    return line
+    return line or next(reversed(read_metrics(workdir)), {})
 
 
 def _prepare(
@@ -102,7 +105,6 @@ def _prepare(
         state = make_state(load(factory))
     else:
         state = checkpoints.restore(start, jax.eval_shape(make_state, factory.abstract()))
-        logging.info("resumed from step %d", start)
     step = make_step(config, factory, optimizer, run.data.plan.positives, run.steps)
     return jax.jit(step, donate_argnums=0), state
 
@@ -124,6 +126,9 @@ class _Loop:
         """Runs from step `start` (None: a fresh run) to the end, or until the process is told to stop."""
         run, config = self.run_, self.run_.config
         step = start or 0
+        if start is not None:
+            done = f"{start} of {run.steps} steps are done"
+            self.progress.say(f"{done}: going on" if start < run.steps else f"{done}: nothing left to train")
         batches = prefetch(run.data.builder, step, run.steps, config.data.prefetch)
         with _StopSignal() as stop:
             while True:
@@ -201,7 +206,10 @@ class _Loop:
     def _evaluate(self, state: TrainState, step: int) -> None:
         run = self.run_
         embedder = Embedder(run.blueprint, run.factory, state.served, run.mesh)
-        scores = run.tasks.scores(embedder)
+        scores = flat_scores(run.tasks.evaluate(embedder))
+        best = run.config.checkpoint.best
+        if best and best not in scores:
+            raise UserError(f"config.checkpoint.best = {best!r}: the evaluation gives {', '.join(scores)}")
         self.line = (self.line or {"step": step}) | scores
         self.progress.scores(step, scores)
         self.clock = time.perf_counter()

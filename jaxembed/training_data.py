@@ -5,12 +5,12 @@ import math
 from typing import Any
 
 import jax
-from jaxembed.data.loader import BatchBuilder
 
 from jaxembed import sharding
 from jaxembed.config import AUTO, Config, MaxLength, PromptConfig, SourceConfig
 from jaxembed.data.batch import Batch
 from jaxembed.data.cache import TokenCache, build_or_open
+from jaxembed.data.loader import BatchBuilder
 from jaxembed.data.plan import Plan
 from jaxembed.data.rungs import choose_row_length
 from jaxembed.errors import UserError

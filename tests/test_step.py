@@ -13,6 +13,7 @@ from tiny_run import tiny_config
 from jaxembed import model_source, sharding
 from jaxembed.config import Config, MeshConfig
 from jaxembed.data.batch import HARD_NEGATIVE, NO_GROUP, VOID
+from jaxembed.data.loader import BatchBuilder
 from jaxembed.models.text_encoder import flatten
 from jaxembed.optimizer import make_optimizer
 from jaxembed.step import TrainState, init_state, loss_params, make_loss, make_step
@@ -26,6 +27,7 @@ MESHES = {
     "data 2, expert 2, sequence 2": MeshConfig(2, 1, 1, 2, 2),
 }
 ONE = MeshConfig(1)
+KEY_BIAS = "attention/key/bias"
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +54,14 @@ class Bench:
             self.first = jax.jit(lambda model: init_state(self.config, self.optimizer, model))(load(self.factory))
             self._step = jax.jit(self._make_step())
 
+        # One shape, the largest, so that one program is compiled.
+        self.builder = BatchBuilder(self.data.plan, **self.data.meta["layout"], rungs=self.data.builder.rungs[-1:])
+
     def _make_step(self) -> Any:
         return make_step(self.config, self.factory, self.optimizer, self.data.plan.positives, self.config.steps)
 
     def batch(self, n: int) -> Any:
-        return self.data.to_device(self.data.builder.build(n)[0], self.mesh)
+        return self.data.to_device(self.builder.build(n)[0], self.mesh)
 
     def gradient(self, n: int = 0) -> tuple[float, dict[str, np.ndarray]]:
         """The loss of step n and its gradient, dropout on where the config has it."""
@@ -89,12 +94,12 @@ def assert_near(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> None
     """max|a - b| / max|b| of every array is at most TOLERANCE.
 
     A key's bias shifts all scores of a query alike, which softmax does not see: its true gradient is 0, and what is
-    computed is rounding. That one array is held against the largest entry of its layer's kernels.
+    computed is rounding. That one array is held against the largest entry of its kernel's gradient.
     """
     assert got.keys() == want.keys()
     for path, b in want.items():
-        yardstick = np.abs(want[path.replace("bias", "kernel")] if path.endswith("key/bias") else b).max()
-        assert np.abs(got[path] - b).max() <= TOLERANCE * yardstick, path
+        yardstick = want[path.replace("bias", "kernel")] if path.endswith(KEY_BIAS) else b
+        assert np.abs(got[path] - b).max() <= TOLERANCE * np.abs(yardstick).max(), path
 
 
 FULL = {"loss__learn_temperature": True, "loss__symmetric": True}
@@ -119,7 +124,7 @@ def reference_training(folder):
 def test_the_batch_holds_every_turn_of_the_relation(folder):
     """What the comparisons below rest on."""
     bench = on_one_device(folder, *FULL.items())
-    batch, _ = bench.data.builder.build(0)
+    batch, _ = bench.builder.build(0)
     q, d = batch.queries, batch.documents
     assert set(q.source) == {0, 1} and len(set(q.scope)) == 2
     assert (d.pair == VOID).any()
@@ -152,7 +157,12 @@ def test_twenty_adamw_steps_do_not_depend_on_the_mesh(folder, mesh):
     got, got_losses = Bench(tiny_config(folder, **FULL), MESHES[mesh]).train(20)
     np.testing.assert_allclose(got_losses, want_losses, rtol=TOLERANCE)
     assert int(got.step) == 20
-    assert_near(host(got.params), host(want.params))
+    got, want = (
+        # Adam scales the rounding that is a key's bias's gradient up to whole steps; nothing else depends on it.
+        {path: x for path, x in host(state.params).items() if not path.endswith(KEY_BIAS)}
+        for state in (got, want)
+    )
+    assert_near(got, want)
 
 
 @pytest.mark.parametrize("dropout", [False, True], ids=["plain", "dropout"])
@@ -170,7 +180,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_but_the_metrics(folder):
     bench = Bench(tiny_config(folder, optimizer__ema=0.9), ONE)
     state, _ = bench.step(bench.first, bench.batch(0))
     broken = bench.batch(1)
-    weight = broken.queries.weight.at[0].set(jnp.nan)
+    weight = jnp.nan * broken.queries.weight
     broken = dataclasses.replace(broken, queries=dataclasses.replace(broken.queries, weight=weight))
     after, metrics = bench.step(state, broken)
     assert not np.isfinite(metrics["loss"])

@@ -1,5 +1,6 @@
 """What tests of training share: a small vocabulary, records with every turn a record can take, a small config."""
 
+import itertools
 import json
 import pathlib
 
@@ -9,10 +10,8 @@ from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from jaxembed import config as config_lib
 
-WORDS = """a an the one two three man woman child dog cat horse bird boat car bicycle street river beach field market
-kitchen table red green blue old young small large runs walks jumps sleeps sings plays eats reads paints holds watches
-throws on in under near beside with without and while ball guitar book bread fish hat umbrella bridge window door snow
-rain sun crowd team race city mountain""".split()
+SYLLABLES = ("ka", "lo", "mi", "ru", "se", "to", "vu", "ni", "pa")
+WORDS = [first + second for first, second in itertools.product(SYLLABLES, repeat=2)]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 SHAPE = {
     "hidden_size": 32,
@@ -81,7 +80,7 @@ def tiny_config(folder: pathlib.Path, **changes: object) -> config_lib.Config:
     )
     c.data.positives, c.data.negatives = 2, 2
     c.data.cache_dir = str(folder / "cache")
-    c.optimizer.learning_rate = 1e-3
+    c.optimizer.learning_rate = 3e-4
     values = c.to_dict()
     for name, value in changes.items():
         *parents, leaf = name.split("__")

@@ -56,7 +56,7 @@ class Texts:
     Attributes:
       pair: int32 [N], the pair that the text belongs to, VOID for an empty slot.
       rank: int32 [N], 0 for queries; 0, 1, ... for a pair's positives; HARD_NEGATIVE for its hard negatives.
-      text: int32 [N], equal numbers = equal texts (64-bit hash of prompt and text), NO_TEXT for an empty slot.
+      text: int32 [N], equal numbers = equal texts (by 64-bit hash, prompts apart), NO_TEXT for an empty slot.
       partners: int32 [N, P], numbers of the texts known to match this one: a query's positives (all the record's, also
         those not drawn into this step), a positive's query. NO_TEXT where there are fewer, and for hard negatives.
       group: int32 [N], equal numbers are never each other's in-batch negatives, NO_GROUP for none.

@@ -10,6 +10,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import mmap
 import os
 import pathlib
 import secrets
@@ -92,7 +93,7 @@ class TokenCache:
         self._source: str = meta["source"]
         self._kind: str = meta["kind"]
         for name, (dtype, length) in meta["arrays"].items():
-            setattr(self, name, np.memmap(self.path / f"{name}.bin", dtype, "r", shape=(length,)))
+            setattr(self, name, _map(self.path / f"{name}.bin", np.dtype(dtype), length))
 
     def __reduce__(self) -> tuple[type["TokenCache"], tuple[pathlib.Path]]:
         return TokenCache, (self.path,)
@@ -104,6 +105,17 @@ class TokenCache:
     def record_name(self, record: int) -> str:
         """Returns 'FILE:LINE' (or 'FILE row N') of a record, FILE being where the cache was built from."""
         return place(self._source, self._kind, int(self.lines[record]))
+
+
+def _map(path: pathlib.Path, dtype: np.dtype, length: int) -> np.ndarray:
+    """Maps a file of `length` values. Steps read here and there, so the disk is told not to read ahead."""
+    if length == 0:
+        return np.empty(0, dtype)
+    with path.open("rb") as file:
+        pages = mmap.mmap(file.fileno(), length * dtype.itemsize, access=mmap.ACCESS_READ)
+    if hasattr(pages, "madvise"):
+        pages.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(pages, dtype, length)
 
 
 def build_or_open(

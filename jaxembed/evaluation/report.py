@@ -22,15 +22,17 @@ def flat_scores(results: dict[str, dict[str, float]]) -> dict[str, float]:
     return flat
 
 
-def scores_table(results: dict[str, dict[str, float]]) -> Table:
-    """Lays the scores out: a row per task, a column per metric, blank where a task has no such metric."""
-    metrics = list(dict.fromkeys(name for scores in results.values() for name in scores))
-    table = Table("task")
-    for metric in metrics:
-        table.add_column(metric, justify="right")
+def scores_tables(results: dict[str, dict[str, float]]) -> list[Table]:
+    """Lays the scores out: a table per kind of task, a row per task, a column per metric."""
+    tables: dict[str, Table] = {}
     for task, scores in results.items():
-        table.add_row(task, *(f"{scores[metric]:.2f}" if metric in scores else "" for metric in metrics))
-    return table
+        kind, _, name = task.partition("/")
+        if kind not in tables:
+            tables[kind] = Table(kind)
+            for metric in scores:
+                tables[kind].add_column(metric, justify="right")
+        tables[kind].add_row(name, *(f"{score:.2f}" for score in scores.values()))
+    return list(tables.values())
 
 
 def _main_metric(task: str) -> str:

