@@ -1,5 +1,6 @@
 """Checkpoints by orbax: the newest ones and the best one, written in the background, restored onto any mesh."""
 
+import math
 import pathlib
 import re
 from typing import Any
@@ -34,7 +35,7 @@ class Checkpoints:
         """
         policies = [LatestN(keep)]
         if best:
-            score = lambda metrics: metrics[best]  # noqa: E731
+            score = lambda metrics: metrics.get(best, -math.inf)  # noqa: E731 (an older one may lack it)
             policies.append(BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(policies), cleanup_tmp_directories=True

@@ -67,7 +67,6 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, float]:
     main_process = jax.process_index() == 0
     mesh = sharding.make_mesh(config.mesh)
     tasks = Tasks.read(config.eval.sts, config.eval.retrieval)  # before anything slow: a missing file shows at once
-    tasks.require_metric(config.checkpoint.best)
     blueprint, load = model_source.open_source(config)
     run_folder.claim(workdir, config, write=main_process)
     if main_process:

@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file
-from tiny_run import sentence, tiny_config, write_records
+from tiny_run import sentence, tiny_config, write_lines, write_pairs
 
 from jaxembed import config as config_lib
 from jaxembed import sharding
@@ -34,18 +34,25 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("trainer")
 
 
+def train_on(devices: int, config: config_lib.Config, workdir: pathlib.Path) -> dict:
+    """Trains on the first of the virtual devices: the fewer, the quicker to compile."""
+    make_mesh = sharding.make_mesh
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", lambda config: make_mesh(config, jax.devices()[:devices]))
+        return train(config, workdir)
+
+
 @pytest.fixture(scope="module")
 def sts(folder):
     rng = np.random.default_rng(5)
     rows = [{"sentence1": sentence(rng), "sentence2": sentence(rng), "score": float(i % 6)} for i in range(40)]
-    path = folder / "tiny-dev.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+    return str(write_lines(folder / "tiny-dev.jsonl", rows))
 
 
 def small(folder, **changes):
-    """A short run of one shape, on 8 devices unless the mesh is changed."""
-    defaults = {"steps": 8, "batch_size": 16, "checkpoint__every": 4, "export": False, "data__row_length": "40"}
+    """A short run over plain pairs."""
+    source = {"path": str(write_pairs(folder / "pairs.jsonl", 100, 7))}
+    defaults = {"steps": 8, "batch_size": 16, "checkpoint__every": 4, "export": False, "data__train": (source,)}
     return tiny_config(folder, **defaults | changes)
 
 
@@ -110,15 +117,17 @@ class Command:
 
 @pytest.fixture(scope="module")
 def long_config(folder):
-    return small(
+    """On hard data, so that batches of several shapes come along."""
+    return tiny_config(
         folder,
         steps=STEPS,
+        batch_size=16,
+        data__row_length="40",
         checkpoint__every=SAVED_EVERY,
         model__dropout=0.1,
         loss__learn_temperature=True,
         optimizer__ema=0.9,
         grad_cache=2,
-        export=True,
     )
 
 
@@ -179,18 +188,16 @@ def test_told_to_stop_it_saves_leaves_with_0_and_goes_on_later(folder, long_conf
 def finished(folder):
     """A run on 8 devices, with the checkpoints of steps 4 and 8."""
     workdir = folder / "finished"
-    train(small(folder), workdir)
+    train_on(8, small(folder), workdir)
     return workdir
 
 
 @pytest.mark.parametrize("devices", [4, 1])
-def test_resumed_on_fewer_devices(folder, finished, devices, monkeypatch):
+def test_resumed_on_fewer_devices(folder, finished, devices):
     workdir = folder / f"on{devices}"
     shutil.copytree(finished, workdir)
     shutil.rmtree(workdir / "checkpoints" / "8")
-    make_mesh = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda config: make_mesh(config, jax.devices()[:devices]))
-    train(small(folder, mesh__fsdp=min(2, devices)), workdir)
+    train_on(devices, small(folder, mesh__fsdp=min(2, devices)), workdir)
     before, after = read_metrics(finished), read_metrics(workdir)
     assert [line["step"] for line in after] == list(range(1, 9))
     for name in ("loss", "grad_norm", "learning_rate", "accuracy"):
@@ -200,7 +207,7 @@ def test_resumed_on_fewer_devices(folder, finished, devices, monkeypatch):
 
 def test_a_finished_run_started_again_trains_nothing_and_says_so(folder, finished, capfd):
     before = (finished / "metrics.jsonl").read_bytes(), saved(finished)
-    line = train(small(folder), finished)
+    line = train_on(8, small(folder), finished)
     assert "8 of 8 steps are done: nothing left to train" in capfd.readouterr().err
     assert line["step"] == 8
     assert (finished / "metrics.jsonl").read_bytes() == before[0]
@@ -211,56 +218,54 @@ def test_a_run_can_be_lengthened_but_not_shortened(folder, finished, tmp_path):
     workdir = tmp_path / "longer"
     shutil.copytree(finished, workdir)
     with pytest.raises(UserError, match="has done 8 steps, more than the 6 asked for"):
-        train(small(folder, steps=6), workdir)
-    train(small(folder, steps=10), workdir)
+        train_on(1, small(folder, steps=6), workdir)
+    train_on(1, small(folder, steps=10), workdir)
     assert [line["step"] for line in read_metrics(workdir)] == list(range(1, 11))
 
 
 def test_a_folder_of_another_config_is_left_alone(folder, finished):
     with pytest.raises(UserError, match=r"another config \(seed: 0 → 1; optimizer.learning_rate: 0.0003 → 0.1\)"):
-        train(small(folder, seed=1, optimizer__learning_rate=0.1), finished)
+        train_on(1, small(folder, seed=1, optimizer__learning_rate=0.1), finished)
     assert json.loads((finished / "config.json").read_text())["seed"] == 0
 
 
 def test_epochs_are_passes_over_the_data(folder):
-    path = write_records(folder / "pairs.jsonl", 40, 7, pairs_only=True)
-    config = small(folder, steps=0, epochs=1.5, data__train=({"path": str(path)},))
-    assert train(config, folder / "epochs")["step"] == 4  # 60 pairs in batches of 16
-    assert [line["pairs"] for line in read_metrics(folder / "epochs")] == [16] * 4
+    config = small(folder, steps=0, epochs=1.25)
+    assert train_on(1, config, folder / "epochs")["step"] == 8  # 125 pairs in batches of 16
+    assert [line["pairs"] for line in read_metrics(folder / "epochs")] == [16] * 8
 
 
 def test_lines_are_logged_as_often_as_asked_and_at_the_end(folder):
-    train(small(folder, steps=7, log_every=3), folder / "seldom")
-    assert [line["step"] for line in read_metrics(folder / "seldom")] == [3, 6, 7]
+    train_on(1, small(folder, log_every=3), folder / "seldom")
+    assert [line["step"] for line in read_metrics(folder / "seldom")] == [3, 6, 8]
 
 
 @pytest.fixture(scope="module")
 def scored(folder, sts):
-    """A run with evaluations at 0, 3, 6, 9, keeping the newest checkpoint and the best; its rate makes it worse."""
+    """A run with evaluations at 0, 3, 6, 8, keeping the newest checkpoint and the best."""
     workdir = folder / "scored"
     config = small(
         folder,
-        steps=9,
         checkpoint__every=100,
         checkpoint__keep=1,
         checkpoint__best="eval/sts/tiny-dev",
         eval__every=3,
         eval__sts=(sts,),
         optimizer__ema=0.5,
-        optimizer__learning_rate=3e-3,
+        export=True,
     )
-    train(config, workdir)
+    train_on(1, config, workdir)
     return workdir
 
 
 def test_scores_are_in_the_lines_and_the_best_checkpoint_is_kept(scored):
     lines = {line["step"]: line for line in read_metrics(scored)}
     name = "eval/sts/tiny-dev"
-    assert [step for step, line in lines.items() if name in line] == [0, 3, 6, 9]
+    assert [step for step, line in lines.items() if name in line] == [0, 3, 6, 8]
     assert "loss" not in lines[0] and "loss" in lines[3]
-    best = max((3, 6, 9), key=lambda step: lines[step][name])
+    best = max((3, 6, 8), key=lambda step: lines[step][name])
     kept = sorted(int(p.name) for p in (scored / "checkpoints").iterdir())
-    assert kept == sorted({best, 9})
+    assert kept == sorted({best, 8})
     assert int(find(f"{scored}@best").name) == best
 
 
@@ -268,13 +273,13 @@ def test_a_metric_that_no_evaluation_gives_is_refused(folder, sts):
     for name in ("eval/sts/other", "eval/sts/tiny-dev/nonsense"):
         config = small(folder, checkpoint__best=name, eval__every=3, eval__sts=(sts,))
         with pytest.raises(UserError, match=f"config.checkpoint.best = '{name}'.*eval/sts/tiny-dev"):
-            train(config, folder / "wrong-metric")
+            train_on(1, config, folder / "wrong-metric")
 
 
-@pytest.mark.parametrize("which", ["", "@9", "@best"])
+@pytest.mark.parametrize("which", ["", "@8", "@best"])
 def test_a_run_starts_from_another_runs_averaged_weights(folder, scored, which, tmp_path):
     changes = {"model__init": f"run:{scored}{which}", "model__arch": "auto", "tokenizer": "auto", "model__shape": {}}
-    train(small(folder, **changes, steps=1, optimizer__learning_rate=0.0), tmp_path / "next")
+    train_on(1, small(folder, **changes, steps=1, optimizer__learning_rate=0.0), tmp_path / "next")
     now = {k: v for k, v in saved(tmp_path / "next").items() if k.startswith("['model']")}
     then = saved(scored, int(find(f"{scored}{which}").name))
     assert_same_bits(now, {k.replace("average", "model"): v for k, v in then.items() if k.startswith("['average']")})
@@ -287,29 +292,27 @@ def test_a_run_starts_from_another_runs_averaged_weights(folder, scored, which, 
 def test_a_run_that_is_not_there(folder, scored, which, message):
     config = small(folder, model__init=f"run:{scored}{which}", model__arch="auto", tokenizer="auto", model__shape={})
     with pytest.raises(UserError, match=message):
-        train(config, folder / "from-nowhere")
+        train_on(1, config, folder / "from-nowhere")
 
 
 def test_best_of_a_run_that_kept_none(folder, finished):
     config = small(folder, model__init=f"run:{finished}@best", model__arch="auto", tokenizer="auto", model__shape={})
     with pytest.raises(UserError, match="kept no best checkpoint"):
-        train(config, folder / "from-nowhere")
+        train_on(1, config, folder / "from-nowhere")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_records(folder):
     workdir = folder / "diverged"
     changes = {"checkpoint__every": 1, "optimizer__learning_rate": 1e30, "optimizer__warmup_steps": 2}
-    message = r"step 3: loss nan.*not finite. Its records: .*[ab]\.jsonl:\d+.*The newest checkpoint \(step 2\)"
+    message = r"step 3: loss nan.*not finite. Its records: .*pairs\.jsonl:\d+.*The newest checkpoint \(step 2\)"
     with pytest.raises(TrainingStopped, match=message):
-        train(small(folder, **changes), workdir)
+        train_on(1, small(folder, **changes), workdir)
     assert [line["step"] for line in read_metrics(workdir)] == [1, 2]
 
 
-def test_the_average_is_exported(folder):
-    workdir = folder / "averaged"
-    train(small(folder, steps=3, optimizer__ema=0.5, export=True), workdir)
-    exported = load_file(workdir / "export" / "model.safetensors")["embeddings.LayerNorm.weight"]
-    weights = saved(workdir)
+def test_the_average_is_exported(scored):
+    exported = load_file(scored / "export" / "model.safetensors")["embeddings.LayerNorm.weight"]
+    weights = saved(scored)
     path = "['backbone']['embeddings']['norm']['scale']"
     np.testing.assert_array_equal(exported, weights["['average']" + path])
     assert (exported != weights["['model']" + path]).any()

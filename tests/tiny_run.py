@@ -45,25 +45,31 @@ def sentence(rng: np.random.Generator, shortest: int = 2, longest: int = 14) -> 
     return " ".join(rng.choice(WORDS, rng.integers(shortest, longest + 1)))
 
 
-def write_records(path: pathlib.Path, n: int, seed: int, pairs_only: bool = False) -> pathlib.Path:
-    """Writes records: 1 to 3 positives, 0 to 2 hard negatives, groups, and texts that repeat; returns the path.
+def write_pairs(path: pathlib.Path, n: int, seed: int) -> pathlib.Path:
+    """Writes plain pairs, all of one length, so that every batch has one shape; returns the path."""
+    rng = np.random.default_rng(seed)
+    rows = [{"query": sentence(rng, 8, 8), "positive": sentence(rng, 8, 8)} for _ in range(n)]
+    return write_lines(path, rows)
 
-    With `pairs_only`, plain distinct pairs.
-    """
+
+def write_records(path: pathlib.Path, n: int, seed: int) -> pathlib.Path:
+    """Writes records with 1 to 3 positives, 0 to 2 hard negatives, groups, and texts that repeat; returns the path."""
     rng = np.random.default_rng(seed)
     common = [sentence(rng) for _ in range(8)]
     pick = lambda: common[rng.integers(8)] if rng.random() < 0.2 else sentence(rng)  # noqa: E731
     rows = []
-    for i in range(n):
-        if pairs_only:
-            rows.append({"query": sentence(rng), "positive": f"{sentence(rng)} {i}"})
-            continue
+    for _ in range(n):
         row = {
             "query": pick(),
             "positive": [pick() for _ in range(rng.integers(1, 4))],
             "negative": [pick() for _ in range(rng.integers(0, 3))],
         }
         rows.append(row | ({"group": f"g{rng.integers(4)}"} if rng.random() < 0.5 else {}))
+    return write_lines(path, rows)
+
+
+def write_lines(path: pathlib.Path, rows: list[dict]) -> pathlib.Path:
+    """Writes a JSON object per line; returns the path."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 

@@ -43,16 +43,6 @@ class Tasks:
                     raise UserError(f"two evaluation sets are called {name!r}: their scores would have one name")
         return tasks
 
-    def require_metric(self, name: str) -> None:
-        """Refuses the name of a metric ('' is none) that these sets do not give.
-
-        Raises:
-          UserError: there is no such metric; the message lists those there are.
-        """
-        names = [f"eval/sts/{data.name}" for data in self.sts] + [f"eval/retrieval/{d.name}" for d in self.retrieval]
-        if name and not any(name == known or name.startswith(f"{known}/") for known in names):
-            raise UserError(f"config.checkpoint.best = {name!r}: the evaluation gives {', '.join(names)}")
-
     def evaluate(self, embedder: Embedder, show_progress_bar: bool = False) -> Results:
         """Scores a model on all sets, on its mesh.
 

@@ -115,7 +115,9 @@ class Mlp(nnx.Module):
         self.activation = config.activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(ACTIVATIONS[self.activation](self.up(x, MLP)), sharding.STATES)
+        # Checkpointed: the backward pass computes the activation anew instead of reading its parts from memory.
+        activation = jax.checkpoint(ACTIVATIONS[self.activation])
+        return self.down(activation(self.up(x, MLP)), sharding.STATES)
 
 
 class Layer(nnx.Module):

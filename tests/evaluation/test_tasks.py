@@ -1,0 +1,102 @@
+"""The evaluation sets of a run: names, prompts, and the evaluate command."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from jaxembed.errors import UserError
+from jaxembed.evaluation.tasks import Tasks
+
+
+def write_sets(folder):
+    sts = folder / "pairs.jsonl"
+    rows = [("a cat sits", "a cat is sitting", 5), ("a cat sits", "stocks fell", 0), ("two dogs run", "dogs play", 3)]
+    sts.write_text("".join(json.dumps(dict(zip(("sentence1", "sentence2", "score"), row))) + "\n" for row in rows))
+    beir = folder / "mini"
+    beir.mkdir()
+    texts = {"d1": "the cat sits on the mat", "d2": "share prices fell", "d3": "dogs run in the park"}
+    (beir / "corpus.jsonl").write_text(
+        "".join(json.dumps({"_id": i, "title": "", "text": t}) + "\n" for i, t in texts.items())
+    )
+    (beir / "queries.jsonl").write_text(json.dumps({"_id": "q1", "text": "where is the cat"}) + "\n")
+    (beir / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\n")
+    return sts, beir
+
+
+class Recorder:
+    """An embedder that writes down by which method each text came."""
+
+    mesh = None
+
+    def __init__(self):
+        self.calls = {}
+
+    def _take(self, name, texts):
+        self.calls.setdefault(name, []).extend(texts)
+        return np.random.default_rng(len(texts)).normal(size=(len(texts), 4)).astype(np.float32)
+
+    def encode(self, texts, show_progress_bar=False):
+        return self._take("default", texts)
+
+    def encode_query(self, texts, show_progress_bar=False):
+        return self._take("query", texts)
+
+    def encode_document(self, texts, show_progress_bar=False):
+        return self._take("document", texts)
+
+
+def test_each_kind_of_text_is_encoded_with_its_prompt(tmp_path):
+    sts, beir = write_sets(tmp_path)
+    recorder = Recorder()
+    results = Tasks.read([str(sts)], [str(beir)]).evaluate(recorder)
+    assert set(results) == {"sts/pairs", "retrieval/mini"}
+    assert recorder.calls["query"] == ["where is the cat"]
+    assert sorted(recorder.calls["document"]) == [
+        "dogs run in the park",
+        "share prices fell",
+        "the cat sits on the mat",
+    ]
+    assert set(recorder.calls["default"]) >= {"a cat sits", "dogs play"}
+
+
+def test_two_sets_of_one_name_are_refused(tmp_path):
+    sts, _ = write_sets(tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "pairs.jsonl").write_text(sts.read_text())
+    with pytest.raises(UserError, match="pairs"):
+        Tasks.read([str(sts), str(other / "pairs.jsonl")], [])
+
+
+def test_command_prints_tables_and_a_json_line_last(tmp_path, minilm_dir):
+    sts, beir = write_sets(tmp_path)
+    command = [
+        sys.executable,
+        "-m",
+        "jaxembed.evaluate",
+        f"--model={minilm_dir}",
+        f"--sts={sts}",
+        f"--retrieval={beir}",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["eval/sts/pairs"] == pytest.approx(100) and figures["eval/retrieval/mini"] == 100
+    assert "spearman" in done.stdout and "ndcg@10" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], "--model is missing"),
+        (["--model=x"], "nothing to evaluate on"),
+        (["--model=nowhere/at-all", "--sts=none.jsonl"], "none.jsonl"),
+    ],
+)
+def test_mistakes_are_one_line_and_code_2(flags, said):
+    done = subprocess.run([sys.executable, "-m", "jaxembed.evaluate", *flags], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and said in done.stderr
