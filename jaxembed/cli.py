@@ -5,7 +5,9 @@ mistake of the user's is one line on standard error and code 2.
 """
 
 import os
+import pathlib
 import sys
+import traceback
 from collections.abc import Callable
 
 from absl import flags, logging
@@ -51,15 +53,22 @@ def _parse() -> None:
         rest = flags.FLAGS(sys.argv)
     except flags.Error as error:
         raise UserError(_message(error)) from error
-    except KeyError as error:  # an override of a field that the config does not have
-        raise UserError(f"--config: no such field: {error.args[0]}") from error
-    except IndexError as error:
-        raise UserError("--config.…[i]: index out of range; add a source in the config file, or by --data") from error
-    except (AttributeError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
-        # What a config file itself, or the override of one of its fields, raises.
-        raise UserError(f"--config: {_message(error)}") from error
+    except Exception as error:  # a config file is a program, which may raise anything, and so may an override
+        raise UserError(f"--config: {_explain(error)}") from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: every option is a flag, --name=value")
+
+
+def _explain(error: Exception) -> str:
+    """Returns what went wrong: in the config file's own code, or in overriding one of its fields."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")]
+    if not {"absl", "ml_collections"} & set(pathlib.Path(frames[-1].filename).parts):
+        return f"{frames[-1].filename}:{frames[-1].lineno}: {type(error).__name__}: {_message(error)}"
+    if isinstance(error, KeyError):
+        return f"no such field: {error.args[0]}"
+    if isinstance(error, IndexError):
+        return "index out of range; add a source in the config file, or by --data"
+    return _message(error)
 
 
 def _message(error: Exception) -> str:

@@ -247,7 +247,7 @@ def _build_dataclass(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(value) and isinstance(value, kind):
         return value
     if not isinstance(value, Mapping | ConfigDict):
-        raise _wrong_type(where or "config", "a mapping", value)
+        raise _wrong_type(where, "a mapping", value)
     types = typing.get_type_hints(kind)
     for key in value:
         if key not in types:
@@ -271,8 +271,8 @@ def _pattern(where: str) -> str:
 
 
 def _join(where: str, key: str) -> str:
-    return f"{where}.{key}" if where else key
+    return ".".join(filter(None, (where, key)))
 
 
 def _wrong_type(where: str, wanted: str, value: Any) -> UserError:
-    return UserError(f"config.{where}: wants {wanted}, got {value!r}")
+    return UserError(f"{_join('config', where)}: wants {wanted}, got {value!r}")

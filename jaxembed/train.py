@@ -9,9 +9,10 @@ brackets: '--config.data.train[0].path=pairs.jsonl'. Started again with the same
 
 import json
 import pathlib
+from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from jaxembed import cli, config
 from jaxembed.errors import UserError
@@ -27,13 +28,23 @@ def read_flags() -> tuple[config.Config, pathlib.Path]:
         raise UserError("--config is missing: name a config file, such as configs/finetune_pairs.py")
     if not flags.FLAGS.workdir:
         raise UserError("--workdir is missing: name the run's folder")
-    asked = flags.FLAGS.config
+    asked = _config_dict(flags.FLAGS.config)
     if flags.FLAGS.data:
         first = asked.data.train[0].to_dict() if len(asked.data.train) else {}
         # Settings of the file's first source hold for the files named here.
         asked = asked.to_dict()
         asked["data"]["train"] = tuple(first | {"path": path, "source": "auto"} for path in flags.FLAGS.data)
     return config.load(asked), pathlib.Path(flags.FLAGS.workdir)
+
+
+def _config_dict(asked: Any) -> ConfigDict:
+    """Makes sure that the config file was read and gave a ConfigDict."""
+    try:
+        if hasattr(asked, "to_dict"):
+            return asked
+    except OSError as error:  # what ml_collections puts in the place of a file that it cannot read
+        raise UserError(f"--config: {error.__cause__}") from error
+    raise UserError(f"--config: get_config() of that file returns {type(asked).__name__}, wants a ConfigDict")
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ def folder(tmp_path_factory):
     (folder / "syntax.py").write_text("def get_config(:\n")
     (folder / "empty.py").write_text("")
     (folder / "raises.py").write_text("def get_config():\n    raise RuntimeError('no luck')\n")
+    (folder / "number.py").write_text("def get_config():\n    return 3\n")
     (folder / "imports.py").write_text("import no_such_module\n")
     (folder / "file").write_text("")
     (folder / "run").mkdir()
@@ -36,16 +37,16 @@ def python(*arguments: str, devices: int = 1) -> subprocess.CompletedProcess:
 
 def assert_refused(result: subprocess.CompletedProcess, message: str) -> None:
     assert result.returncode == 2, result.stderr
-    line = result.stderr.strip().splitlines()[-1]
+    (line,) = result.stderr.splitlines()
     assert line.startswith("error: ") and message in line
-    assert "Traceback" not in result.stderr
+    assert not result.stdout
 
 
 @pytest.mark.parametrize("command", ["train", "export", "evaluate"])
 def test_help(command):
     result = python("-m", f"jaxembed.{command}", "--help")
     assert result.returncode == 0 and not result.stderr
-    assert f"python -m jaxembed.{command}" in result.stdout and "--workdir" in result.stdout + "--workdir"
+    assert f"python -m jaxembed.{command}" in result.stdout
 
 
 TRAIN = [CONFIG, "--workdir={run}", "--data={pairs}"]
@@ -69,36 +70,29 @@ TRAIN = [CONFIG, "--workdir={run}", "--data={pairs}"]
         ([*TRAIN, "--config.model.init=bert"], "config.model.init = 'bert': wants 'hf:FOLDER'"),
         ([*TRAIN, "--config.steps=0"], "config.steps = 0"),
         ([*TRAIN, "--config.eval.sts=('nowhere.jsonl',)"], "config.eval.sts: no such file or folder: nowhere.jsonl"),
-        (
-            [CONFIG, "--workdir={run}", "--data={folder}/none.jsonl"],
-            "config.data.train[0].path: no such file or folder",
-        ),
+        ([CONFIG, "--workdir={run}", "--data={folder}/none.jsonl"], "config.data.train[0].path: no such file or"),
         ([CONFIG, "--workdir={run}"], "config.data.train[0].path is empty"),
         (["--config=configs/finetune_pairs.py:huge", "--workdir={run}"], "knows the argument 'tiny', not 'huge'"),
-        (["--config={folder}/none.py", "--workdir={run}"], "none.py"),
-        (["--config={folder}/syntax.py", "--workdir={run}"], "syntax"),
-        (["--config={folder}/empty.py", "--workdir={run}"], "get_config"),
-        (["--config={folder}/raises.py", "--workdir={run}"], "no luck"),
-        (["--config={folder}/imports.py", "--workdir={run}"], "no_such_module"),
+        (["--config={folder}/none.py", "--workdir={run}"], "No such file or directory: '{folder}/none.py'"),
+        (["--config={folder}/syntax.py", "--workdir={run}"], "(syntax.py, line 1)"),
+        (["--config={folder}/empty.py", "--workdir={run}"], "has no attribute 'get_config'"),
+        (["--config={folder}/raises.py", "--workdir={run}"], "{folder}/raises.py:2: RuntimeError: no luck"),
+        (["--config={folder}/imports.py", "--workdir={run}"], "{folder}/imports.py:1: ModuleNotFoundError"),
+        (["--config={folder}/number.py", "--workdir={run}"], "returns int, wants a ConfigDict"),
     ],
 )
 def test_mistakes_that_are_found_at_once(folder, arguments, message):
     places = {"run": folder / "run", "pairs": folder / "pairs.jsonl", "folder": folder}
-    assert_refused(python("-m", "jaxembed.train", *(a.format(**places) for a in arguments)), message)
+    result = python("-m", "jaxembed.train", *(a.format(**places) for a in arguments))
+    assert_refused(result, message.format(**places))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--config.mesh.fsdp=2"], "config.mesh: data -1, fsdp 2"),
-        (["--config.batch_size=14", "--config.mesh.data=3"], "is not a multiple of 3 shards of the mesh"),
-        (["--config.model.init=hf:{folder}/none"], "{folder}/none"),
-        (["--config.model.init=run:{folder}/none"], "holds no complete checkpoint"),
-        (["--config.model.arch=bort"], "'bort' is not known, did you mean 'bert'?"),
-        (["--config.tokenizer=file:{folder}/none.json"], "{folder}/none.json"),
-        (["--data={folder}/broken.jsonl"], "{folder}/broken.jsonl:2"),
+        (["--data={folder}/broken.jsonl", "--config.batch_size=15"], "{folder}/broken.jsonl:2"),
         (["--workdir={folder}/file"], "--workdir={folder}/file: "),
-        (["--config.optimizer.name=adamm"], "'adamm' is no optimizer of optax"),
     ],
 )
 def test_mistakes_that_show_when_the_run_is_set_up(folder, tmp_path, arguments, message):
@@ -137,29 +131,3 @@ def test_what_answers_at_once_imports_nothing_heavy():
     result = python("-c", code)
     assert result.returncode == 0, result.stderr
     assert not {"jax", "flax", "optax", "orbax", "torch", "transformers", "tokenizers"} & set(result.stdout.split())
-
-
-def test_training_imports_neither_torch_nor_tensorflow(folder, tmp_path):
-    """A whole run, to its exported folder."""
-    code = (
-        "import atexit, runpy, sys\n"
-        "heavy = {'torch', 'tensorflow', 'transformers', 'sentence_transformers', 'datasets', 'pandas'}\n"
-        "atexit.register(lambda: print('imported:', *sorted(heavy & set(sys.modules))))\n"
-        "runpy.run_module('jaxembed.train', run_name='__main__', alter_sys=True)\n"
-    )
-    arguments = [
-        CONFIG,
-        "--config.steps=2",
-        "--config.batch_size=4",
-        "--config.model.init=scratch",
-        "--config.model.arch=bert",
-        f"--config.model.shape={SHAPE}",
-        f"--config.tokenizer=file:{folder}/tokenizer.json",
-        f"--config.data.cache_dir={tmp_path}/cache",
-        f"--data={folder}/pairs.jsonl",
-        f"--workdir={tmp_path}/run",
-    ]
-    result = python("-c", code, *arguments)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1] == "imported:"
-    assert (tmp_path / "run" / "export" / "model.safetensors").exists()

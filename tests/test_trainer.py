@@ -95,7 +95,8 @@ class Command:
             "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
         }
-        command = [sys.executable, "-m", "jaxembed.train", f"--config={file}", f"--workdir={workdir}"]
+        program = [sys.executable, "-X", "importtime", "-m", "jaxembed.train"]
+        command = [*program, f"--config={file}", f"--workdir={workdir}"]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
 
@@ -137,7 +138,16 @@ def unbroken(folder, long_config):
     code, out, errors = Command(long_config, workdir).end()
     assert code == 0, errors
     assert json.loads(out.splitlines()[-1])["step"] == STEPS
+    (folder / "imports.txt").write_text(errors)
     return workdir
+
+
+def test_training_imports_neither_torch_nor_tensorflow(folder, unbroken):
+    """Nor what imports them, in a whole run to its exported folder."""
+    lines = (folder / "imports.txt").read_text().splitlines()
+    imported = {line.split("|")[-1].strip().split(".")[0] for line in lines if line.startswith("import time:")}
+    assert {"jax", "orbax", "jaxembed"} <= imported
+    assert not {"torch", "tensorflow", "transformers", "sentence_transformers", "datasets", "pandas"} & imported
 
 
 def assert_same_run(workdir, unbroken) -> None:
@@ -229,6 +239,27 @@ def test_a_folder_of_another_config_is_left_alone(folder, finished):
     assert json.loads((finished / "config.json").read_text())["seed"] == 0
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 14}, "config.batch_size = 14 is not a multiple of 8 shards of the mesh"),
+        ({"mesh__data": 3}, "config.mesh: data 3, .* do not multiply to the 8 devices"),
+        ({"model__init": "hf:nowhere"}, "nowhere"),
+        ({"model__init": "run:nowhere"}, "run:nowhere: nowhere holds no complete checkpoint"),
+        ({"model__arch": "bort"}, "'bort' is not known, did you mean 'bert'?"),
+        ({"model__shape": {"hidden_size": 32}}, "config.model.shape: num_hidden_layers is missing"),
+        ({"tokenizer": "file:nowhere.json"}, "there is no file nowhere.json"),
+        ({"data__max_length__query": 41}, "config.data.max_length.query = 41: this bert takes at most 40"),
+        ({"data__row_length": "8"}, "config.data.row_length = 8 does not hold the longest text, 10 tokens"),
+        ({"optimizer__name": "adamm"}, "'adamm' is no optimizer of optax"),
+        ({"optimizer__by_regex": (("nothing", 0.0),)}, "'nothing' matches no parameter"),
+    ],
+)
+def test_set_ups_that_only_the_files_and_devices_show_to_be_wrong(folder, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        train(small(folder, **changes), tmp_path / "run")
+
+
 def test_epochs_are_passes_over_the_data(folder):
     config = small(folder, steps=0, epochs=1.25)
     assert train_on(1, config, folder / "epochs")["step"] == 8  # 125 pairs in batches of 16
@@ -252,6 +283,7 @@ def scored(folder, sts):
         eval__every=3,
         eval__sts=(sts,),
         optimizer__ema=0.5,
+        optimizer__learning_rate=3e-3,
         export=True,
     )
     train_on(1, config, workdir)
