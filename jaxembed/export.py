@@ -90,12 +90,15 @@ def verify(folder: pathlib.Path) -> dict[str, float]:
     import numpy as np
 
     from jaxembed.embedder import Embedder
+    from jaxembed.hf.files import read_json
 
+    if not (folder / FINGERPRINT).is_file():
+        raise UserError(f"{folder}: no {FINGERPRINT} in it, so nothing to verify it against")
+    fingerprint = read_json(folder / FINGERPRINT)
     try:
-        fingerprint = json.loads((folder / FINGERPRINT).read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{folder}: no {FINGERPRINT} in it, so nothing to verify it against") from error
-    texts, vectors = fingerprint["texts"], np.array(fingerprint["vectors"], np.float32)
+        texts, vectors = list(map(str, fingerprint["texts"])), np.array(fingerprint["vectors"], np.float32)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / FINGERPRINT}: wants texts and their vectors: {error!r}") from error
     with jax.default_matmul_precision("float32"):
         differences = {"jax": _difference(Embedder.load(folder).encode(texts), vectors)}
     if importlib.util.find_spec("sentence_transformers"):

@@ -37,8 +37,9 @@ def python(*arguments: str, devices: int = 1) -> subprocess.CompletedProcess:
 
 def assert_refused(result: subprocess.CompletedProcess, message: str) -> None:
     assert result.returncode == 2, result.stderr
-    (line,) = result.stderr.splitlines()
+    *progress, line = result.stderr.splitlines()
     assert line.startswith("error: ") and message in line
+    assert all(line.startswith("Tokenising ") for line in progress)
     assert not result.stdout
 
 

@@ -10,6 +10,7 @@ from tiny_run import sentence, tiny_config
 from jaxembed import embedder as embedder_module
 from jaxembed import model_source, sharding
 from jaxembed.config import MeshConfig
+from jaxembed.data.batch import Rows
 from jaxembed.embedder import Embedder
 from jaxembed.errors import UserError
 
@@ -93,7 +94,8 @@ def test_the_mesh_changes_nothing(folder, texts, vectors, sizes):
     near(make(folder, mesh, prompts=PROMPTS).encode(texts), vectors)
 
 
-def test_a_progress_bar_only_where_asked(embedder, capfd):
+def test_a_progress_bar_only_where_asked(embedder, capfd, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # it is shown in terminals only
     embedder.encode(["kaka"])
     assert capfd.readouterr().err == ""
     embedder.encode(["kaka"], show_progress_bar=True)
@@ -128,32 +130,28 @@ def test_the_default_prompt_is_that_of_the_model(embedder, texts):
     near(with_default.encode(texts, prompt_name="passage"), embedder.encode_document(texts))
 
 
-def test_a_prompt_left_out_of_pooling(folder, embedder, texts):
-    """The mean over the text's own tokens and the closing one, of the states that the prompt gave them."""
-    without = make(folder, prompts=PROMPTS, model__pool_prompt=False, model__normalize=False, loss__temperature=1.0)
-    whole = make(folder, prompts=PROMPTS, model__normalize=False, loss__temperature=1.0)
-    tokenizer, prompt = whole.blueprint.tokenizer, PROMPTS["query"]
-    n_prompt = tokenizer.prompt_length(prompt)
+def test_a_prompt_left_out_of_pooling(folder, texts):
+    """The mean of the states of the text's own tokens and the closing one; the prompt is seen, not counted."""
+    raw = {"model__normalize": False, "loss__temperature": 1.0}
+    mesh = sharding.make_mesh(MeshConfig(1), jax.devices()[:1])
+    whole, rest = make(folder, mesh, **raw), make(folder, mesh, **raw, model__pool_prompt=False)
+    prompt = PROMPTS["query"]
+    n_prompt = whole.blueprint.tokenizer.prompt_length(prompt)
+    assert n_prompt == 4  # [CLS] kaka lolo :
     for text in texts[:3]:
-        # Causality does not help here, so the prompt's share comes from the sums: mean · n = prompt part + rest.
-        n = len(tokenizer.encode([text], 40, prompt)[0])
-        cls = make_sums(whole, prompt + text, n)
-        want = cls[n_prompt:].mean(0)
-        got = without.encode(text, prompt=prompt)
-        assert np.abs(got - want).max() <= 1e-5
+        states_NxD = token_states(whole, prompt + text)
+        assert np.abs(whole.encode(prompt + text) - states_NxD.mean(0)).max() <= 1e-5
+        assert np.abs(rest.encode(text, prompt=prompt) - states_NxD[n_prompt:].mean(0)).max() <= 1e-5
 
 
-def make_sums(embedder, text, n):
-    """The states of a text's tokens [n, D], by pooling each alone."""
-    from jaxembed.data.batch import Rows
-
-    ids = embedder.blueprint.tokenizer.encode([text], 40)[0].astype(np.int32)
-    zeros = np.zeros((8, 40), np.int32)
-    place = lambda values, empty=0: np.where(np.arange(40) < n, np.pad(values, (0, 40 - n)), empty) + zeros  # noqa: E731
-    rows = Rows(place(ids), place(np.ones(n, int)), place(np.arange(n)), place(np.arange(n), -1), zeros.astype(bool))
+def token_states(embedder, text):
+    """The states of a text's tokens, float32 [N, D]: every token a span of its own."""
+    ids = embedder.blueprint.tokenizer.encode([text], 40)[0].astype(np.int32)[None]
+    count = np.arange(ids.size, dtype=np.int32)[None]
+    rows = Rows(ids, np.ones_like(ids), count, count, np.zeros(ids.shape, bool))
     with jax.set_mesh(embedder.mesh):
         rows = jax.tree.map(lambda x: sharding.put(x, embedder.mesh, sharding.ROWS), rows)
-        return np.asarray(embedder.factory.encoder(embedder.params, rows, 40))[0, :n]
+        return np.asarray(embedder.factory.encoder(embedder.params, rows, ids.size))[0]
 
 
 def test_truncating_and_normalising(embedder, texts, vectors):
