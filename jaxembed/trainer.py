@@ -10,14 +10,12 @@ The state comes from, in this order: the newest checkpoint in the work directory
 import dataclasses
 import math
 import pathlib
-import signal
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from jaxembed import model_source, run_folder, sharding
 from jaxembed.checkpoint import Checkpoints
@@ -31,6 +29,7 @@ from jaxembed.evaluation.tasks import Tasks
 from jaxembed.metrics import MetricsWriter, read_metrics
 from jaxembed.model_source import Blueprint
 from jaxembed.optimizer import make_optimizer
+from jaxembed.preemption import StopSignal
 from jaxembed.progress import Progress
 from jaxembed.step import TrainState, init_state, loss_params, make_step
 from jaxembed.training_data import TrainingData, open_data
@@ -129,7 +128,7 @@ class _Loop:
             done = f"{start} of {run.steps} steps are done"
             self.progress.say(f"{done}: going on" if start < run.steps else f"{done}: nothing left to train")
         batches = prefetch(run.data.builder, step, run.steps, config.data.prefetch)
-        with _StopSignal() as stop:
+        with StopSignal() as stop:
             while True:
                 last = step == run.steps or stop.requested(step)
                 evaluate = bool(config.eval.every) and (step % config.eval.every == 0 or step == run.steps)
@@ -237,22 +236,3 @@ def _counts(info: StepInfo) -> dict[str, Any]:
         "padded_tokens": info.padded_tokens,
         "padding_waste": info.waste,
     }
-
-
-class _StopSignal:
-    """Turns SIGTERM into a request to save and leave, agreed on by all processes."""
-
-    def __enter__(self) -> "_StopSignal":
-        self.received = False
-        self.multi = jax.process_count() > 1  # then jax's own preemption service has the handler
-        if not self.multi:
-            self.before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "received", True))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if not self.multi:
-            signal.signal(signal.SIGTERM, self.before)
-
-    def requested(self, step: int) -> bool:
-        """Whether to stop after this step."""
-        return multihost_utils.reached_preemption_sync_point(step) if self.multi else self.received

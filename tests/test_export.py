@@ -178,18 +178,21 @@ def test_a_broken_fingerprint_is_named(good, tmp_path):
             verify(tmp_path)
 
 
-def test_the_command_exports_a_run_and_refuses_to_replace_other_folders(tuned, tmp_path):
+def test_the_command_exports_a_run_and_refuses_to_replace_other_folders(folder, tmp_path):
+    config = tiny_config(folder, steps=2, data__train=({"path": str(write_pairs(folder / "pairs.jsonl", 80, 1))},))
+    train(config, folder / "run")
+
     def command(*arguments):
         run = [sys.executable, "-m", "jaxembed.export", *arguments]
         return subprocess.run(run, capture_output=True, text=True, timeout=120)
 
-    result = command(f"--workdir={tuned}@2", f"--out={tmp_path}/out")
+    result = command(f"--workdir={folder}/run@2", f"--out={tmp_path}/out")
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout.splitlines()[-1]) == {"exported": f"{tmp_path}/out"}
-    ours, again = (load_file(folder / "model.safetensors") for folder in (tuned / "export", tmp_path / "out"))
+    ours, again = (load_file(out / "model.safetensors") for out in (folder / "run" / "export", tmp_path / "out"))
     assert ours.keys() == again.keys() and all((ours[name] == again[name]).all() for name in ours)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    result = command(f"--workdir={tuned}", f"--out={tmp_path}/mine")
+    result = command(f"--workdir={folder}/run", f"--out={tmp_path}/mine")
     assert result.returncode == 2 and f"{tmp_path}/mine" in result.stderr
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
