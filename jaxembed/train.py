@@ -51,8 +51,10 @@ def main() -> None:
     """Runs the command."""
     resolved, workdir = read_flags()
     _require_files(resolved)
-    from jaxembed.trainer import train  # jax and all that: only once the config is known to be right
+    from jaxembed.host_memory import keep_freed_memory  # jax and all that: only once the config is known to be right
+    from jaxembed.trainer import train
 
+    keep_freed_memory()
     last = train(resolved, workdir)
     print(json.dumps({"workdir": str(workdir), **last}))
 

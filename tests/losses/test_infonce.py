@@ -52,7 +52,9 @@ def make_texts(rng: np.random.Generator) -> tuple[Texts, Texts]:
         )  # fmt: skip
 
     weight = rng.uniform(0.5, 2, PAIRS)
-    queries = side(pair, np.zeros(PAIRS, np.int32), query_text, np.where(void[:, None], NO_TEXT, partners), void, weight)
+    queries = side(
+        pair, np.zeros(PAIRS, np.int32), query_text, np.where(void[:, None], NO_TEXT, partners), void, weight
+    )
     documents = side(document_pair, rank, text, back, gone, np.where(rank >= 0, weight[document_pair], 0))
     return shuffled(rng, queries), shuffled(rng, documents)
 
@@ -131,7 +133,9 @@ def test_loss_and_gradients_equal_the_definition(mesh_name, tile, symmetric):
     mesh = sharding.make_mesh(config, jax.devices()[:size])
     q, d, queries, documents, t = make_case()
     with jax.set_mesh(mesh):
-        put = lambda x: sharding.put(np.asarray(x, x.dtype if x.dtype == np.int32 else np.float32), mesh, sharding.TEXTS)  # noqa: E731
+        put = lambda x: sharding.put(
+            np.asarray(x, x.dtype if x.dtype == np.int32 else np.float32), mesh, sharding.TEXTS
+        )  # noqa: E731
         args = jax.tree.map(put, (q, d, queries, documents))
         loss = jax.jit(
             jax.value_and_grad(
@@ -150,9 +154,9 @@ def test_a_pair_without_negatives_costs_nothing_and_stays_finite():
     alone = dataclasses.replace(queries, scope=np.full_like(queries.scope, SCOPE_OWN))
     no_hard = dataclasses.replace(documents, pair=np.where(documents.rank < 0, VOID, documents.pair).astype(np.int32))
     with jax.set_mesh(sharding.make_mesh(MeshConfig(1), jax.devices()[:1])):
-        value, gradient = jax.value_and_grad(lambda q: infonce(q, jnp.float32(d), alone, no_hard, jnp.float32(t), 2)[0])(
-            jnp.float32(q)
-        )
+        value, gradient = jax.value_and_grad(
+            lambda q: infonce(q, jnp.float32(d), alone, no_hard, jnp.float32(t), 2)[0]
+        )(jnp.float32(q))
     assert value == 0 and not gradient.any()
 
 

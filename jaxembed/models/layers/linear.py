@@ -1,7 +1,5 @@
 """Linear layers, embedding tables and normalisation, with their shardings."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -72,13 +70,7 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns x normalised, in x's dtype."""
-        # Checkpointed: keeping x alone for the backward pass is less to write and read than mean, variance and all.
-        return _layer_norm(x, self.scale[...], self.bias[...], self.epsilon)
-
-
-@functools.partial(jax.checkpoint, static_argnums=3)
-def _layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
-    y, scale, bias = (a.astype(jnp.float32) for a in (x, scale, bias))
-    centred = y - y.mean(-1, keepdims=True)
-    variance = jnp.square(centred).mean(-1, keepdims=True)
-    return (centred * jax.lax.rsqrt(variance + epsilon) * scale + bias).astype(x.dtype)
+        y = x.astype(jnp.float32)
+        centred = y - y.mean(-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.epsilon)
+        return (y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
