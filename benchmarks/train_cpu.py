@@ -20,6 +20,10 @@ import time
 from multiprocessing.connection import Connection
 from typing import Any
 
+from jaxembed.host_memory import keep_freed_memory
+
+keep_freed_memory()  # as `python -m jaxembed.train` does, before jax is imported
+
 import jax
 from rich.console import Console
 from rich.progress import track
@@ -28,7 +32,6 @@ from rich.table import Table
 from jaxembed import config as config_lib
 from jaxembed import model_source, sharding
 from jaxembed.data.loader import prefetch
-from jaxembed.host_memory import keep_freed_memory
 from jaxembed.optimizer import make_optimizer
 from jaxembed.step import init_state, make_step
 from jaxembed.training_data import open_data
@@ -91,7 +94,6 @@ class OurTrainer:
 
 def run(model: pathlib.Path, pairs: pathlib.Path, batch: int, steps: int, max_length: int) -> dict[str, Any]:
     """Runs both and returns the figures."""
-    keep_freed_memory()  # as `python -m jaxembed.train` does
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     with tempfile.TemporaryDirectory() as scratch:

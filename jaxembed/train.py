@@ -16,6 +16,7 @@ from ml_collections import ConfigDict, config_flags
 
 from jaxembed import cli, config
 from jaxembed.errors import UserError
+from jaxembed.host_memory import keep_freed_memory
 
 
 def read_flags() -> tuple[config.Config, pathlib.Path]:
@@ -51,10 +52,9 @@ def main() -> None:
     """Runs the command."""
     resolved, workdir = read_flags()
     _require_files(resolved)
-    from jaxembed.host_memory import keep_freed_memory  # jax and all that: only once the config is known to be right
-    from jaxembed.trainer import train
-
     keep_freed_memory()
+    from jaxembed.trainer import train  # jax and all that: only once the config is known to be right
+
     last = train(resolved, workdir)
     print(json.dumps({"workdir": str(workdir), **last}))
 

@@ -48,7 +48,8 @@ def make_texts(rng: np.random.Generator) -> tuple[Texts, Texts]:
         take = lambda x, default: np.where(void, default, x).astype(np.int32)  # noqa: E731
         return Texts(
             take(pair, VOID), rank, take(text, NO_TEXT), partners.astype(np.int32), take(group[pair], NO_GROUP),
-            source[pair], scope[pair], np.where(void, 0, weight).astype(np.float32), np.full(len(pair), np.nan, np.float32),
+            source[pair], scope[pair], np.where(void, 0, weight).astype(np.float32),
+            np.full(len(pair), np.nan, np.float32),
         )  # fmt: skip
 
     weight = rng.uniform(0.5, 2, PAIRS)
@@ -133,9 +134,10 @@ def test_loss_and_gradients_equal_the_definition(mesh_name, tile, symmetric):
     mesh = sharding.make_mesh(config, jax.devices()[:size])
     q, d, queries, documents, t = make_case()
     with jax.set_mesh(mesh):
-        put = lambda x: sharding.put(
-            np.asarray(x, x.dtype if x.dtype == np.int32 else np.float32), mesh, sharding.TEXTS
-        )  # noqa: E731
+
+        def put(x):
+            return sharding.put(np.asarray(x, np.int32 if x.dtype == np.int32 else np.float32), mesh, sharding.TEXTS)
+
         args = jax.tree.map(put, (q, d, queries, documents))
         loss = jax.jit(
             jax.value_and_grad(
