@@ -64,8 +64,9 @@ def _explain(error: Exception) -> str:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")]
     if not {"absl", "ml_collections"} & set(pathlib.Path(frames[-1].filename).parts):
         return f"{frames[-1].filename}:{frames[-1].lineno}: {type(error).__name__}: {_message(error)}"
-    if isinstance(error, KeyError):
-        return f"no such field: {error.args[0]}"
+    if isinstance(error, KeyError | AttributeError) and "has no attribute" not in str(error):
+        # ml_collections' word on a field that the config does not have, quoted once or twice.
+        return "no such field: " + str(error).strip("'\"").replace("\\n", ". ").replace("\\'", "'")
     if isinstance(error, IndexError):
         return "index out of range; add a source in the config file, or by --data"
     return _message(error)
