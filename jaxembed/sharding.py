@@ -22,7 +22,6 @@ TABLE: dict[str | None, str | tuple[str, ...] | None] = {
     None: None,
     "batch": BATCH,
     "sequence": "sequence",
-    "layer": None,
     "vocab": ("tensor", "fsdp"),
     "embed": "fsdp",
     "heads": "tensor",

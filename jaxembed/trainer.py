@@ -117,6 +117,7 @@ class _Loop:
         self.compiled: dict[tuple[int, ...], Any] = {}
         self.step_function = step_function
         self.pending: tuple[StepInfo, dict[str, jax.Array]] | None = None
+        self.line: dict[str, Any] | None = None  # the open one
         self.last_line: dict[str, Any] = {}
         self.clock = time.perf_counter()
 
@@ -188,8 +189,6 @@ class _Loop:
         self.line = line
         if not hold:
             self._flush()
-
-    line: dict[str, Any] | None = None
 
     def _flush(self) -> None:
         """Writes the open line, if its step is one that is logged or it carries scores."""
