@@ -51,14 +51,19 @@ class PromptConfig:
 class SourceConfig:
     """One source of training records."""
 
-    path: str = ""
-    source: str = AUTO  # 'jsonl' | 'parquet'; 'auto' = by the file's name
+    path: str = ""  # a file, a folder of files, or a glob; of 'tfds' and 'hf': a prepared data set's folder
+    name: str = ""  # of a 'tfds' or 'hf' data set, instead of `path`
+    subset: str = ""  # of an 'hf' data set that has several (its "config name")
+    split: str = "train"  # of a 'tfds' or 'hf' data set; slices too, such as 'train[:10%]'
+    data_dir: str = ""  # where 'tfds' keeps what it prepared; '' = its own place
+    source: str = AUTO  # 'jsonl' | 'parquet' | 'tfds' | 'hf'; 'auto' = by the file's name
     format: str = "jaxembed"  # 'jaxembed' | 'st' | 'flagembedding' | 'tevatron'
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)  # our field → the file's column
     weight: float = 1.0  # how often a record is drawn, relative to records of other sources
     prompt: PromptConfig = PromptConfig()
     in_batch: bool = True  # False: only a record's own hard negatives are its negatives
     negatives_from: str = "source"  # in-batch negatives come from the same 'source' or from 'all'
+    licence: str = ""  # of the texts, for the model card; '' = what the data set says of itself, else unknown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +132,9 @@ class EvalConfig:
     every: int = 0  # 0 = off
     sts: tuple[str, ...] = ()  # files of sentence1, sentence2, score
     retrieval: tuple[str, ...] = ()  # BEIR folders
+    pairs: tuple[str, ...] = ()  # pairs to find each other: files, 'tfds:NAME:SPLIT' or 'hf:NAME:SPLIT'
+    classification: tuple[str, ...] = ()  # 'TRAIN_FILE:TEST_FILE' of text, label; or a folder of both
+    bm25: bool = False  # also score BM25, once, on the retrieval and pairs sets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +165,8 @@ class Config:
     grad_cache: int = 1  # micro-batches per step (GradCache); 1 = off
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    stages: tuple[Mapping[str, Any], ...] = ()  # one after the other: what each changes in this config, and its name
+    log_to: tuple[str, ...] = ("tensorboard",)  # beside metrics.jsonl: 'tensorboard', 'wandb'
     export: bool = True  # write WORKDIR/export at the end
 
 
@@ -168,9 +178,10 @@ CHOICES = {
     "model.remat": ("none", "dots", "full"),
     "model.attention_kernel": (AUTO, "xla", "pallas"),
     "data.on_bad_record": ("error", "skip"),
-    "data.train[].source": (AUTO, "jsonl", "parquet"),
+    "data.train[].source": (AUTO, "jsonl", "parquet", "tfds", "hf"),
     "data.train[].format": ("jaxembed", "st", "flagembedding", "tevatron"),
     "data.train[].negatives_from": ("source", "all"),
+    "log_to[]": ("tensorboard", "wandb"),
     "optimizer.schedule": ("constant", "linear", "cosine"),
 }
 
