@@ -12,7 +12,18 @@ from jaxembed.errors import UserError
 CONFIG = "config.json"
 
 # Fields that may change between starts of one run: they do not enter the weights, or not by more than rounding.
-FREE = ("steps", "epochs", "log_every", "mesh", "eval", "checkpoint", "export", "log_to", "data.cache_dir", "data.prefetch")
+FREE = (
+    "steps",
+    "epochs",
+    "log_every",
+    "mesh",
+    "eval",
+    "checkpoint",
+    "export",
+    "log_to",
+    "data.cache_dir",
+    "data.prefetch",
+)
 
 
 def read_config(workdir: pathlib.Path) -> Config:
