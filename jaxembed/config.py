@@ -43,8 +43,8 @@ class ModelConfig:
 class PromptConfig:
     """The text put before a source's texts. 'auto' takes the prompt of that name from `prompts`, else none."""
 
-    query: str = AUTO
-    document: str = AUTO
+    query: str = AUTO  # before queries
+    document: str = AUTO  # before positives and negatives
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +70,8 @@ class SourceConfig:
 class MaxLength:
     """Longest text in tokens, special tokens and prompt included; 0 = the folder's own limit."""
 
-    query: int = 0
-    document: int = 0
+    query: int = 0  # of a query
+    document: int = 0  # of a positive or negative
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +83,8 @@ class DataConfig:
     row_length: str = AUTO  # tokens in a packed row; 'auto' = the shortest that serves
     positives: int = 1  # positives of a record used in a step (drawn anew each time, where it has more)
     negatives: int = 7  # hard negatives of a record used in a step, at the most
-    cache_dir: str = "~/.cache/jaxembed"
-    on_bad_record: str = "error"  # 'error' | 'skip'
+    cache_dir: str = "~/.cache/jaxembed"  # of tokenised texts
+    on_bad_record: str = "error"  # 'error' | 'skip' (they are counted and reported)
     prefetch: int = 4  # batches prepared ahead
 
 
@@ -92,9 +92,9 @@ class DataConfig:
 class LossConfig:
     """The objective. See `jaxembed.losses` for what each name needs."""
 
-    name: str = "infonce"
-    temperature: float = 0.05
-    learn_temperature: bool = False
+    name: str = "infonce"  # see the table of losses in README.md
+    temperature: float = 0.05  # divides the similarities; where the learned one starts
+    learn_temperature: bool = False  # one scalar, trained with the weights
     symmetric: bool = False  # also documents → queries
     tile: int = 2048  # edge of the tiles of the similarity matrix
 
@@ -103,10 +103,10 @@ class LossConfig:
 class OptimizerConfig:
     """Any optax optimizer by name, its schedule, and what it touches."""
 
-    name: str = "adamw"
-    learning_rate: float = 2e-5
+    name: str = "adamw"  # any of optax or optax.contrib that takes a learning rate
+    learning_rate: float = 2e-5  # the highest
     schedule: str = "linear"  # after the warm-up: 'constant' | 'linear' | 'cosine', to zero at the last step
-    warmup_steps: int = 0
+    warmup_steps: int = 0  # from 0 to the highest
     weight_decay: float = 0.01  # not on norms, biases and the temperature
     clip_norm: float = 1.0  # of the global gradient norm; 0 = off
     ema: float = 0.0  # decay of averaged weights, which are evaluated and exported; 0 = off
@@ -118,18 +118,18 @@ class OptimizerConfig:
 class MeshConfig:
     """Devices along each axis; -1 (once) = what is left."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-    expert: int = 1
-    sequence: int = 1
+    data: int = -1  # rows; weights are copied
+    fsdp: int = 1  # rows; weights and optimizer state are sharded
+    tensor: int = 1  # heads and feed-forward width
+    expert: int = 1  # rows; and experts, in models that have them
+    sequence: int = 1  # tokens of a row
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """Evaluation during training: at step 0, every `every` steps and at the end."""
 
-    every: int = 0  # 0 = off
+    every: int = 0  # steps; 0 = off
     sts: tuple[str, ...] = ()  # files of sentence1, sentence2, score
     retrieval: tuple[str, ...] = ()  # BEIR folders
     pairs: tuple[str, ...] = ()  # pairs to find each other: files, 'tfds:NAME:SPLIT' or 'hf:NAME:SPLIT'
@@ -141,7 +141,7 @@ class EvalConfig:
 class CheckpointConfig:
     """When to save and what to keep."""
 
-    every: int = 500
+    every: int = 500  # steps
     keep: int = 2  # the newest ones
     best: str = ""  # also keep the best by this metric, e.g. 'eval/sts/stsb-dev'; needs eval
 
@@ -150,14 +150,15 @@ class CheckpointConfig:
 class Config:
     """A whole run."""
 
-    seed: int = 0
-    steps: int = 0  # optimizer steps; or
-    epochs: float = 0.0  # passes over the data
+    seed: int = 0  # of fresh weights, the order of the data and dropout
+    steps: int = 0  # length of the run in optimizer steps; or
+    epochs: float = 0.0  # in passes over the data
     batch_size: int = 128  # pairs in the global batch
-    log_every: int = 1
+    log_every: int = 1  # steps from one line of metrics.jsonl to the next
     model: ModelConfig = ModelConfig()
-    tokenizer: str = AUTO  # 'hf:FOLDER' | 'file:tokenizer.json'; 'auto' = that of model.init
+    tokenizer: str = AUTO  # 'hf:FOLDER' | 'file:tokenizer.json' | 'train:bpe:8192' (size); 'auto' = model.init's
     data: DataConfig = DataConfig()
+    # named texts, put before the model's texts and saved with it; 'query' and 'document' serve training
     prompts: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"query": "", "document": ""})
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -199,11 +200,25 @@ def load(config: ConfigDict | Mapping[str, Any]) -> Config:
     Raises:
       UserError: an unknown field, a wrong type, a value outside its choices, or a set-up that cannot be right.
     """
-    resolved = _build(Config, config, "")
     from jaxembed.config_check import check  # the rules are long enough for a file of their own
+    from jaxembed.stages import stages_of
 
-    check(resolved)
+    resolved = build(config)
+    for i, stage in enumerate(stages_of(resolved)):
+        try:
+            check(stage.config)
+        except UserError as error:
+            raise UserError(f"config.stages[{i}] ({stage.name}): {error}" if stage.name else str(error)) from error
     return resolved
+
+
+def build(config: ConfigDict | Mapping[str, Any]) -> Config:
+    """Turns a ConfigDict into a `Config` of the right types; whether its fields go together is for `load` to say.
+
+    Raises:
+      UserError: an unknown field, a wrong type, a value outside its choices.
+    """
+    return _build(Config, config, "")
 
 
 def to_json(config: Config) -> dict[str, Any]:
@@ -241,7 +256,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         items = value.items(preserve_field_references=False) if isinstance(value, ConfigDict) else value.items()
         return {k: _build(inner, v, f"{where}.{k}") for k, v in items}
     if kind is Any:
-        return value.to_dict() if isinstance(value, ConfigDict) else value
+        return _plain(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind is str and where == "data.row_length" and isinstance(value, int):
@@ -275,6 +290,13 @@ def _build_tuple(kind: Any, value: Any, where: str) -> tuple:
     if len(inner) != len(value):
         raise _wrong_type(where, f"{len(inner)} values", value)
     return tuple(_build(t, item, f"{where}[{i}]") for i, (t, item) in enumerate(zip(inner, value)))
+
+
+def _plain(value: Any) -> Any:
+    """Returns a value without ConfigDicts in it."""
+    if isinstance(value, Mapping | ConfigDict):
+        return {key: _plain(value[key]) for key in value}
+    return tuple(map(_plain, value)) if isinstance(value, tuple | list) else value
 
 
 def _pattern(where: str) -> str:

@@ -130,9 +130,17 @@ def _mesh(c: Config) -> None:
 
 
 def _evaluation(c: Config) -> None:
-    tasks = c.eval.sts + c.eval.retrieval
-    _require(c.eval.every == 0 or bool(tasks), "config.eval.every is set but config.eval.sts and .retrieval are empty")
+    e = c.eval
+    tasks = e.sts + e.retrieval + e.pairs + e.classification
     _require(
-        not c.checkpoint.best or (c.eval.every > 0 and bool(tasks)),
+        e.every == 0 or bool(tasks),
+        "config.eval.every is set but config.eval.sts, .retrieval, .pairs and .classification are empty",
+    )
+    _require(
+        not e.bm25 or bool(e.retrieval + e.pairs),
+        "config.eval.bm25 searches the sets of config.eval.retrieval and .pairs: both are empty",
+    )
+    _require(
+        not c.checkpoint.best or (e.every > 0 and bool(tasks)),
         f"config.checkpoint.best = {c.checkpoint.best!r} needs config.eval.every and an evaluation set",
     )

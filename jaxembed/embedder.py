@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxembed import model_source, sharding
 from jaxembed.checkpoint import FOLDER as CHECKPOINTS
-from jaxembed.checkpoint import split
+from jaxembed.checkpoint import find, split
 from jaxembed.config import AUTO, MeshConfig
 from jaxembed.encoding import device_batches
 from jaxembed.errors import UserError
@@ -18,6 +18,7 @@ from jaxembed.model_source import Blueprint
 from jaxembed.models.options import ModelOptions
 from jaxembed.models.pooling import MODES
 from jaxembed.models.text_encoder import ModelFactory, Params
+from jaxembed.run_folder import RunStep
 from jaxembed.sharding import ROWS, batch_shards, put
 
 WINDOW = 65_536  # texts tokenised and packed together
@@ -29,7 +30,14 @@ DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 class Embedder:
     """A text-embedding model that is ready to encode. Make one with `Embedder.load`."""
 
-    def __init__(self, blueprint: Blueprint, factory: ModelFactory, params: Params, mesh: jax.sharding.Mesh) -> None:
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        factory: ModelFactory,
+        params: Params,
+        mesh: jax.sharding.Mesh,
+        run: RunStep | None = None,
+    ) -> None:
         """Joins what makes a model.
 
         Args:
@@ -37,8 +45,9 @@ class Embedder:
           factory: the model's maker.
           params: its parameters, on the mesh.
           mesh: where to compute.
+          run: the run that the parameters are of, for the model card; None for none.
         """
-        self.blueprint, self.factory, self.params, self.mesh = blueprint, factory, params, mesh
+        self.blueprint, self.factory, self.params, self.mesh, self.run = blueprint, factory, params, mesh, run
         self._forward = factory.encoder
 
     @classmethod
@@ -64,8 +73,10 @@ class Embedder:
         """
         mesh = mesh or sharding.make_mesh(MeshConfig())
         spec = str(path)
+        run = None
         if (split(spec)[0] / CHECKPOINTS).is_dir():
             blueprint, load = model_source.open_run(spec)
+            run = RunStep(split(spec)[0], int(find(spec).name))
         else:
             blueprint, load = model_source.open_folder(resolve(spec))
         for name, value, known in (
@@ -76,10 +87,11 @@ class Embedder:
             if value not in known:
                 raise UserError(f"{name}={value!r}: {path} takes {', '.join(known)}")
         if pooling != AUTO:
+            run = None  # whose scores are another model's
             blueprint = dataclasses.replace(blueprint, head=dataclasses.replace(blueprint.head, pooling=pooling))
         factory = blueprint.factory(ModelOptions(attention=attention, dtype=dtype))
         with jax.set_mesh(mesh):
-            return cls(blueprint, factory, load(factory), mesh)
+            return cls(blueprint, factory, load(factory), mesh, run)
 
     @property
     def width(self) -> int:

@@ -36,10 +36,11 @@ TEXTS = (
 
 
 def export_model(embedder: "Embedder", out: pathlib.Path) -> None:
-    """Writes the folder, with its fingerprint: all of it, or nothing.
+    """Writes the folder, with its model card and fingerprint: all of it, or nothing.
 
     Args:
-      embedder: the model; its parameters are gathered to the host a tensor at a time.
+      embedder: the model; its parameters are gathered to the host a tensor at a time. Of what run it is, and of which
+        step, says its `run`: the card tells of that run's data and scores.
       out: the folder; one that was exported before is replaced.
 
     Raises:
@@ -49,6 +50,7 @@ def export_model(embedder: "Embedder", out: pathlib.Path) -> None:
 
     from jaxembed.hf.writer import write_folder
     from jaxembed.models.text_encoder import flatten
+    from jaxembed.reporting.model_card import card_files
 
     blueprint = embedder.blueprint
     projection = embedder.params.get("projection")
@@ -71,7 +73,7 @@ def export_model(embedder: "Embedder", out: pathlib.Path) -> None:
             default_prompt_name=blueprint.default_prompt_name,
             similarity=blueprint.similarity,
             unused=blueprint.unused,
-            extra_files={"README.md": _model_card(embedder), FINGERPRINT: json.dumps(fingerprint)},
+            extra_files={**card_files(embedder), FINGERPRINT: json.dumps(fingerprint).encode()},
         )
 
 
@@ -121,30 +123,6 @@ def _difference(a: Any, b: Any) -> float:
     import numpy as np
 
     return float(np.abs(a - b).max()) if a.shape == b.shape else float("inf")
-
-
-def _model_card(embedder: "Embedder") -> str:
-    blueprint, head = embedder.blueprint, embedder.blueprint.head
-    prompts = "".join(f"- `{name}`: {text!r}\n" for name, text in blueprint.prompts.items()) or "none\n"
-    return f"""---
-library_name: sentence-transformers
-pipeline_tag: sentence-similarity
-tags: [sentence-transformers, feature-extraction, sentence-similarity, jaxembed]
----
-# A text-embedding model, trained with jaxembed
-
-Architecture `{blueprint.architecture.model_type}`, {embedder.width} dimensions, {head.pooling} pooling, texts up to
-{blueprint.max_length} tokens, compared by {blueprint.similarity}.
-
-```python
-from sentence_transformers import SentenceTransformer
-vectors = SentenceTransformer("FOLDER").encode(["a text", "another one"])
-
-from jaxembed import Embedder
-vectors = Embedder.load("FOLDER").encode(["a text", "another one"])
-```
-
-Prompts: {prompts}"""
 
 
 def main() -> None:

@@ -4,61 +4,96 @@ import json
 import math
 import os
 import pathlib
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 NAME = "metrics.jsonl"
 
 
-class MetricsWriter:
-    """Appends lines to a run's metrics.jsonl. Only process 0 writes."""
+class Logger(Protocol):
+    """Another place that metrics go to; see `jaxembed.loggers`."""
 
-    def __init__(self, workdir: pathlib.Path, resumed_at: int | None, active: bool = True) -> None:
+    def write(self, line: dict[str, Any]) -> None: ...
+
+    def sync(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MetricsWriter:
+    """Appends lines to a run's metrics.jsonl, and hands them on to loggers. Only process 0 writes."""
+
+    def __init__(
+        self, workdir: pathlib.Path, resumed_at: int | None, active: bool = True, loggers: Sequence[Logger] = ()
+    ) -> None:
         """Opens the file.
 
         Args:
           workdir: the run's.
           resumed_at: step of the checkpoint that the run goes on from: later lines are cut off; None: a new file.
           active: False writes nothing.
+          loggers: are given each line too, and closed with the file.
         """
-        self._file = None
+        self._file, self._loggers = None, loggers
         if not active:
             return
         path = workdir / NAME
-        kept = [] if resumed_at is None else [line for line in read_metrics(workdir) if line["step"] <= resumed_at]
         whole = path.with_suffix(".tmp")
-        whole.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        with whole.open("w") as file:
+            for line in iter_metrics(workdir) if resumed_at is not None else ():
+                if line["step"] > resumed_at:
+                    break
+                file.write(json.dumps(line) + "\n")
         os.replace(whole, path)
         self._file = path.open("a")
 
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def write(self, line: dict[str, Any]) -> None:
         """Appends a line and flushes it."""
-        if self._file:
-            self._file.write(json.dumps({k: _plain(v) for k, v in line.items()}) + "\n")
-            self._file.flush()
+        if not self._file:
+            return
+        plain = {key: _plain(value) for key, value in line.items()}
+        self._file.write(json.dumps(plain) + "\n")
+        self._file.flush()
+        for logger in self._loggers:
+            logger.write(plain)
 
     def sync(self) -> None:
         """Makes sure that the lines are on disk, before a checkpoint of their step is."""
         if self._file:
             os.fsync(self._file.fileno())
+        for logger in self._loggers:
+            logger.sync()
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the file and the loggers."""
         if self._file:
             self._file.close()
+        for logger in self._loggers:
+            logger.close()
+
+
+def iter_metrics(workdir: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """Reads a run's metrics line by line; a last line that a killed run left cut off is left out."""
+    path = workdir / NAME
+    if not path.exists():
+        return
+    with path.open() as file:
+        for text in file:
+            try:
+                yield json.loads(text)
+            except json.JSONDecodeError:
+                return
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """Reads a run's metrics; a last line that a killed run left cut off is left out."""
-    path = workdir / NAME
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+    """Reads all of a run's metrics."""
+    return list(iter_metrics(workdir))
 
 
 def _plain(value: Any) -> Any:

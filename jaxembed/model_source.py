@@ -25,9 +25,11 @@ from jaxembed.hf.table import load_onto
 from jaxembed.hf.weights import backbone_leaves, projection_leaves, unused_tensors
 from jaxembed.models.options import ModelOptions
 from jaxembed.models.text_encoder import HeadConfig, ModelFactory, Params, TextEncoder, flatten, unflatten
+from jaxembed.stages import stages_of
 
 FOLDER = "model"
 BACKBONE = "backbone/"
+SIDES = ("query", "document")
 
 Loader = Callable[[ModelFactory], Params]  # puts the weights onto the mesh in use
 
@@ -103,7 +105,7 @@ def options(model: ModelConfig) -> ModelOptions:
     return ModelOptions(**{f.name: getattr(model, f.name) for f in dataclasses.fields(ModelOptions)})
 
 
-def open_source(c: Config) -> tuple[Blueprint, Loader]:
+def open_source(c: Config, workdir: pathlib.Path) -> tuple[Blueprint, Loader]:
     """Finds the model that the config starts from, with the head that the config wants.
 
     Raises:
@@ -195,8 +197,9 @@ def _adapted(blueprint: Blueprint, c: Config) -> Blueprint:
     if m.attention not in arch.attention:
         takes = ", ".join(arch.attention)
         raise UserError(f"config.model.attention = {m.attention!r}: {arch.model_type} takes {takes}")
-    for side in ("query", "document"):
-        length = getattr(c.data.max_length, side)
+    said = [stage.config.data.max_length for stage in stages_of(c)]
+    lengths = {side: max(getattr(s, side) or blueprint.max_length for s in said) for side in SIDES}
+    for side, length in lengths.items():
         if length > longest:
             raise UserError(f"config.data.max_length.{side} = {length}: this {arch.model_type} takes at most {longest}")
     if m.projection and head.projection and m.projection != head.projection:
@@ -214,12 +217,11 @@ def _adapted(blueprint: Blueprint, c: Config) -> Blueprint:
     )
     if head.pooling == "last" and not tokenizer.appends_eos:
         raise UserError("config.model.pooling = 'last': the tokenizer ends no text with an end token to pool")
-    lengths = (c.data.max_length.query, c.data.max_length.document)
     return dataclasses.replace(
         blueprint,
         head=head,
         tokenizer=tokenizer,
-        max_length=max(length or blueprint.max_length for length in lengths),
+        max_length=max(lengths.values()),
         prompts=blueprint.prompts | {name: text for name, text in c.prompts.items() if text},
         truncate_dim=0,
     )

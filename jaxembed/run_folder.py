@@ -1,8 +1,12 @@
-"""What a run's folder says about the run: config.json, and model/ with all that is needed to use its weights."""
+"""What a run's folder says about the run: config.json, data.json, and model/ with what is needed to use its weights."""
 
+import contextlib
+import dataclasses
+import errno
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 from jaxembed import config as config_lib
@@ -10,6 +14,11 @@ from jaxembed.config import Config
 from jaxembed.errors import UserError
 
 CONFIG = "config.json"
+DATA = "data.json"  # what the run was trained on: see `trainer`
+
+# What is the disk's fault, by number, and as other libraries put it into words.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+DISK_WORDS = tuple(os.strerror(number) for number in DISK_ERRORS)
 
 # Fields that may change between starts of one run: they do not enter the weights, or not by more than rounding.
 FREE = (
@@ -24,6 +33,14 @@ FREE = (
     "data.cache_dir",
     "data.prefetch",
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class RunStep:
+    """A run as it was after one of its steps."""
+
+    workdir: pathlib.Path
+    step: int
 
 
 def read_config(workdir: pathlib.Path) -> Config:
@@ -62,6 +79,27 @@ def claim(workdir: pathlib.Path, config: Config, write: bool = True) -> None:
             raise UserError(f"--workdir={workdir}: cannot be written: {error.strerror}") from error
 
 
+@contextlib.contextmanager
+def disk_errors(workdir: pathlib.Path) -> Iterator[None]:
+    """Turns a full or broken disk into one clear line, whichever library runs into it.
+
+    Raises:
+      UserError: in the place of an error that is the disk's fault.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        said = next((words for words in DISK_WORDS if words in str(error)), None)
+        if said is None and getattr(error, "errno", None) not in DISK_ERRORS:
+            raise
+        raise UserError(
+            f"{workdir}: cannot be written: {said or error}. The newest complete checkpoint is intact: make room, and "
+            "start again with the same --workdir"
+        ) from error
+
+
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
     """Returns 'field: old → new' for every field, but the free ones, in which two configs differ."""
     if where in FREE:
@@ -73,6 +111,9 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
             for key in keys
             for line in differences(old.get(key, "absent"), new.get(key, "absent"), f"{where}.{key}".lstrip("."))
         ]
+    if isinstance(old, list | tuple) and isinstance(new, list | tuple) and len(old) == len(new):
+        pairs = enumerate(zip(old, new))
+        return [line for i, (a, b) in pairs for line in differences(a, b, f"{where}[{i}]")]
     return [] if _plain(old) == _plain(new) else [f"{where}: {old!r} → {new!r}"]
 
 

@@ -179,5 +179,5 @@ def test_differences_name_the_fields_that_make_another_run():
     assert differences(old, config_lib.to_json(config_lib.load(free))) == []
     other = config_lib.to_json(config_lib.load(valid(seed=1, model__pooling="cls", source__weight=2.0)))
     named = differences(json.loads(json.dumps(old)), other)
-    assert [line.split(":")[0] for line in named] == ["seed", "model.pooling", "data.train"]
+    assert [line.split(":")[0] for line in named] == ["seed", "model.pooling", "data.train[0].weight"]
     assert differences({"a": 1}, {"a": 1, "b": 2}) == ["b: 'absent' → 2"]

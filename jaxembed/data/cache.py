@@ -16,7 +16,7 @@ import pathlib
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,8 @@ import numpy as np
 from jaxembed.config import MaxLength, PromptConfig, SourceConfig
 from jaxembed.config_check import MAX_LENGTH
 from jaxembed.data import cache_writer
-from jaxembed.data.records import RecordReader, place
+from jaxembed.data.records import RecordReader
+from jaxembed.data.rows import row_name
 from jaxembed.data.tokenizer import Tokenizer
 from jaxembed.errors import UserError
 
@@ -43,6 +44,9 @@ class TokenCache:
 
     Attributes:
       path: the folder.
+      label: a short name of the source without any path of the machine: a file's name, 'FOLDER/ (12 files)', a glob's
+        last parts, 'tfds:NAME', 'hf:NAME'.
+      licence: what the data set says of its own licence; '' where it says nothing, as files do.
       n_records, n_texts: how many there are.
       max_positives, max_negatives: most of one record.
       max_length: longest text in tokens.
@@ -53,7 +57,7 @@ class TokenCache:
       n_positives: uint16 [n_records].
       groups: uint64 [n_records], hash of the record's group, or, where it has none, of its label and source. Records
         of one group are never each other's in-batch negatives, so neither are those of one label. 0 = none.
-      lines: int64 [n_records], line of the record in the source (row, from 1, of a parquet file).
+      lines: int64 [n_records], line or row of the record in the source, from 1 and through all its files.
       lengths: uint16 [n_texts], tokens, prompt and special tokens included.
       prompt_lengths: uint16 [n_texts], leading tokens that belong to the prompt; less than `lengths`.
       hashes: uint64 [n_texts], of the text without its prompt: equal texts are found across roles and sources.
@@ -73,14 +77,20 @@ class TokenCache:
     offsets: np.ndarray
     tokens: np.ndarray
 
-    def __init__(self, path: str | pathlib.Path) -> None:
+    def __init__(self, path: str | pathlib.Path, label: str = "") -> None:
         """Opens a folder that `build_or_open` made.
+
+        Args:
+          path: the folder.
+          label: the source's, where its name is another than when the cache was built.
 
         Raises:
           DamagedCacheError: the folder is missing, incomplete or of another version.
         """
         self.path = pathlib.Path(path)
         meta = _read_meta(self.path)
+        self.label: str = label or meta["label"]
+        self.licence: str = meta["licence"]
         self.n_records: int = meta["n_records"]
         self.n_texts: int = meta["n_texts"]
         self.max_positives: int = meta["max_positives"]
@@ -90,21 +100,20 @@ class TokenCache:
         self.truncated: int = meta["truncated"]
         self.skipped: int = meta["skipped"]
         self.skipped_reasons: tuple[str, ...] = tuple(meta["skipped_reasons"])
-        self._source: str = meta["source"]
-        self._kind: str = meta["kind"]
+        self._places: list[tuple[int, str]] = meta["places"]
         for name, (dtype, length) in meta["arrays"].items():
             setattr(self, name, _map(self.path / f"{name}.bin", np.dtype(dtype), length))
 
-    def __reduce__(self) -> tuple[type["TokenCache"], tuple[pathlib.Path]]:
-        return TokenCache, (self.path,)
+    def __reduce__(self) -> tuple[type["TokenCache"], tuple[pathlib.Path, str]]:
+        return TokenCache, (self.path, self.label)
 
     def tokens_of(self, text: int) -> np.ndarray:
         """Returns the token ids of a text, [lengths[text]], a view of the file."""
         return self.tokens[self.offsets[text] : self.offsets[text + 1]]
 
     def record_name(self, record: int) -> str:
-        """Returns 'FILE:LINE' (or 'FILE row N') of a record, FILE being where the cache was built from."""
-        return place(self._source, self._kind, int(self.lines[record]))
+        """Returns 'FILE:LINE' (or 'FILE row N', 'tfds:NAME:SPLIT row N'), FILE being where the cache was built from."""
+        return row_name(self._places, int(self.lines[record]))
 
 
 def _map(path: pathlib.Path, dtype: np.dtype, length: int) -> np.ndarray:
@@ -131,7 +140,7 @@ def build_or_open(
     """Opens the cache of a source, tokenising the source first where there is none.
 
     Args:
-      source: the file and how to read it.
+      source: the files or data set, and how to read them.
       tokenizer: gives the ids.
       prompts: the very strings put before queries and documents ('' for none). `{instruction}` in them is replaced by
         the record's instruction.
@@ -156,11 +165,13 @@ def build_or_open(
     root = pathlib.Path(cache_dir).expanduser()
     with _writing(root):
         (root / "tokens").mkdir(parents=True, exist_ok=True)
-        before = _stamp(reader.path)
+        files = reader.source.files
+        before = _stamps(files)
         inputs = {
             "format": cache_writer.FORMAT,
-            "source_sha256": _source_digest(reader.path, root),
-            "kind": reader.kind,
+            "source_sha256": _digests(files, root),
+            "identity": reader.source.identity,
+            "kind": reader.source.kind,
             "record_format": source.format,
             "columns": dict(sorted(source.columns.items())),
             "tokenizer": tokenizer.fingerprint(),
@@ -171,14 +182,14 @@ def build_or_open(
         key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
         final = root / "tokens" / key
         with contextlib.suppress(DamagedCacheError):
-            return TokenCache(final)
+            return TokenCache(final, reader.source.label)
         _remove_abandoned(final)
         scratch = _unused(final)
         scratch.mkdir()
         try:
             cache_writer.fill(scratch, reader, tokenizer, prompts, max_lengths, inputs, show_progress)
-            if _stamp(reader.path) != before:
-                raise UserError(f"{reader.path} changed while it was being tokenised: start again")
+            if _stamps(files) != before:
+                raise UserError(f"{reader.source.title} changed while it was being tokenised: start again")
             _publish(scratch, final)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -248,28 +259,44 @@ def _read_meta(folder: pathlib.Path) -> dict[str, Any]:
     return meta
 
 
-def _stamp(path: pathlib.Path) -> list[int]:
-    stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns]
+def _stamps(files: Iterable[pathlib.Path]) -> list[list[int]]:
+    """Returns [size, time of change] of each file.
+
+    Raises:
+      UserError: a file is gone or must not be looked at.
+    """
+    stamps = []
+    for file in files:
+        try:
+            stat = file.stat()
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error
+        stamps.append([stat.st_size, stat.st_mtime_ns])
+    return stamps
 
 
-def _source_digest(path: pathlib.Path, root: pathlib.Path) -> str:
-    """Returns the sha256 of a file's bytes, remembered by path, size and time of change."""
-    memo_file, name, stamp = root / "sources.json", str(path.absolute()), _stamp(path)
+def _digests(files: Sequence[pathlib.Path], root: pathlib.Path) -> list[str]:
+    """Returns the sha256 of each file's bytes, remembered by path, size and time of change."""
+    memo_file = root / "sources.json"
     memo = _read_memo(memo_file)
-    if memo.get(name, [])[:2] == stamp:
-        return memo[name][2]
-    try:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    if time.time_ns() - stamp[1] > _CLOCK_GRAIN_NS:
-        memo[name] = [*stamp, digest]
+    digests, to_remember = [], {}
+    for file, stamp in zip(files, _stamps(files)):
+        name = str(file.absolute())
+        if memo.get(name, [])[:2] == stamp:
+            digests.append(memo[name][2])
+            continue
+        try:
+            with open(file, "rb") as stream:
+                digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error
+        if time.time_ns() - stamp[1] > _CLOCK_GRAIN_NS:
+            to_remember[name] = [*stamp, digests[-1]]
+    if to_remember:
         scratch = _unused(memo_file)
-        scratch.write_text(json.dumps(memo, indent=1), encoding="utf-8")
+        scratch.write_text(json.dumps(_read_memo(memo_file) | to_remember, indent=1), encoding="utf-8")
         scratch.replace(memo_file)
-    return digest
+    return digests
 
 
 def _read_memo(file: pathlib.Path) -> dict[str, list[Any]]:

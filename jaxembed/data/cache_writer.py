@@ -17,7 +17,7 @@ from jaxembed.config import MaxLength, PromptConfig
 from jaxembed.data.records import Record, RecordReader
 from jaxembed.data.tokenizer import Tokenizer
 
-FORMAT = 1  # raised when what stands in the files changes: older folders are then built anew
+FORMAT = 2  # raised when what stands in the files changes: older folders are then built anew
 META = "meta.json"
 INSTRUCTION = "{instruction}"  # in a prompt: the record's own instruction
 
@@ -66,7 +66,7 @@ def fill(
       OSError: the folder cannot be written.
     """
     counts = _Counts()
-    chunks = _Chunks(reader, tokenizer, prompts, max_lengths, inputs["source_sha256"], counts)
+    chunks = _Chunks(reader, tokenizer, prompts, max_lengths, "\0".join(inputs["source_sha256"]), counts)
     with contextlib.ExitStack() as stack:
         files: dict[str, IO[bytes]] = {}
         dtypes: dict[str, np.dtype] = {}
@@ -87,8 +87,9 @@ def fill(
     counts.skipped, counts.skipped_reasons = reader.skipped, tuple(reader.reasons)
     meta = {
         "format": FORMAT,
-        "source": str(reader.path.absolute()),
-        "kind": reader.kind,
+        "label": reader.source.label,
+        "licence": reader.source.licence,
+        "places": reader.source.places(),
         **dataclasses.asdict(counts),
         "arrays": {name: [dtypes[name].str, lengths[name]] for name in dtypes},
         "inputs": inputs,
@@ -234,5 +235,6 @@ def _progress(reader: RecordReader, show: bool) -> Iterator[Callable[[int], None
         progress.TimeRemainingColumn(),
     )
     with progress.Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(f"Tokenising {reader.path.name}", total=reader.total, records=0)
-        yield lambda n_records: bar.update(task, completed=reader.done, records=n_records)
+        source = reader.source
+        task = bar.add_task(f"Tokenising {source.label}", total=source.total, records=0)
+        yield lambda n_records: bar.update(task, completed=source.done, records=n_records)

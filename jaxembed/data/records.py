@@ -1,84 +1,71 @@
-"""Reads training records from JSON lines and parquet files, one after the other, whatever the file's size."""
+"""Reads training records from files and data sets, one after the other, whatever their size."""
 
 import functools
-import gzip
-import io
-import json
-import pathlib
-import zlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from jaxembed.config import SourceConfig, nearest
+from jaxembed.data.file_rows import FileRows
 from jaxembed.data.record_formats import FIELDS, BadRecord, Record, layout_of, to_record
+from jaxembed.data.rows import RowSource
 from jaxembed.errors import UserError
 
 __all__ = ["Record", "RecordReader"]
 
-_JSONL = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 _KEPT_REASONS = 5
-_PARQUET_ROWS = 1024  # read at a time
-_PARQUET_ERRORS = (OSError, ValueError, NotImplementedError)  # what pyarrow's own errors derive from
 
 
 class RecordReader:
-    """The records of one source, as an iterable: every iteration reads the file anew and resets the counters.
+    """The records of one source, as an iterable: every iteration reads it anew and resets the counters.
 
     Attributes:
-      path: the file.
-      kind: 'jsonl' or 'parquet'.
-      line: line of the record yielded last, or its row in a parquet file; both from 1.
-      done, total: how far the reading is: bytes of the file, or rows of a parquet file.
+      source: its rows, with its kind, label and licence, and how far they were read.
+      line: number of the record yielded last, from 1: line or row of a file, row of a data set. Where there are
+        several files, numbers run through all of them; `name` knows the file.
       skipped: bad records left out so far.
       reasons: what was wrong with the first of them, each 'FILE:LINE: reason'.
     """
 
     def __init__(self, source: SourceConfig, on_bad_record: str, where: str) -> None:
-        """Checks the source without reading it.
+        """Checks the source without reading its rows. A 'tfds' data set that is not prepared yet is, now.
 
         Args:
-          source: the file, its kind, format and columns.
+          source: files or data set, kind, format and columns.
           on_bad_record: 'error' raises at the first bad record, 'skip' leaves bad ones out and counts them.
           where: the config field of the source, for messages.
 
         Raises:
-          UserError: no such file, a folder, an unknown kind of file, an unknown field in `columns`.
+          UserError: there is no such source, or it is of no known kind; an unknown field in `columns`.
         """
-        self.path = pathlib.Path(source.path).expanduser()
-        self.kind = _kind(self.path, source.source, where)
         for field in source.columns:
             if field not in FIELDS:
                 raise UserError(f"{where}.columns: there is no field {field!r}{nearest(field, FIELDS)}")
+        self.source = _open(source, where)
         self._columns = tuple(sorted(source.columns.items()))
         self._format = source.format
         self._skip = on_bad_record == "skip"
         self._where = where
-        self.total = self.path.stat().st_size
-        if self.kind == "parquet":
-            with _open_parquet(self.path) as file:
-                self.total = file.metadata.num_rows
         self._reset()
 
     def _reset(self) -> None:
-        self.line = self.done = self.skipped = 0
+        self.line = self.skipped = 0
         self.reasons: list[str] = []
 
     def name(self, line: int) -> str:
-        """Returns 'FILE:LINE', or 'FILE row LINE' of a parquet file."""
-        return place(str(self.path), self.kind, line)
+        """Returns 'FILE:LINE', 'FILE row LINE' of a parquet file, or 'tfds:NAME:SPLIT row LINE', of what was read."""
+        return self.source.name(line)
 
     def __iter__(self) -> Iterator[Record]:
         """Yields the good records.
 
         Raises:
-          UserError: a bad record where they are errors, an unreadable file, a file without any good record, a column
+          UserError: a bad record where they are errors, an unreadable file, a source without any good record, a column
             named in the config that no record has.
         """
         self._reset()
         unseen = {key for _, key in self._columns}
         layout = functools.partial(layout_of, self._format, self._columns)
         n_good = 0
-        for line, row in self._rows():
+        for line, row in self.source.rows(self._choose):
             try:
                 if isinstance(row, BadRecord):
                     raise row
@@ -91,7 +78,7 @@ class RecordReader:
             n_good += 1
             yield record
         if n_good and unseen:
-            raise UserError(f"{self._where}.columns: no record of {self.path} has {', '.join(sorted(unseen))}")
+            raise UserError(f"{self._where}.columns: no record of {self.source.title} has {', '.join(sorted(unseen))}")
         self.require(n_good)
 
     def reject(self, line: int, reason: str) -> None:
@@ -104,89 +91,31 @@ class RecordReader:
             self.reasons.append(message)
 
     def require(self, n_good: int) -> None:
-        """Raises UserError when the file held no good record."""
+        """Raises UserError when the source held no good record."""
         if n_good == 0:
-            why = f"all {self.skipped} are bad, the first: {self.reasons[0]}" if self.reasons else "the file is empty"
-            raise UserError(f"{self.path}: no record to train on: {why}")
+            why = f"all {self.skipped} are bad, the first: {self.reasons[0]}" if self.reasons else "it is empty"
+            raise UserError(f"{self.source.title}: no usable record: {why}")
 
-    def _rows(self) -> Iterator[tuple[int, dict[str, Any] | BadRecord]]:
-        return self._json_rows() if self.kind == "jsonl" else self._parquet_rows()
-
-    def _json_rows(self) -> Iterator[tuple[int, dict[str, Any] | BadRecord]]:
-        number = 0
-        try:
-            with open(self.path, "rb") as raw:
-                zipped = self.path.name.endswith(".gz")
-                stream = io.BufferedReader(gzip.GzipFile(fileobj=raw), 1 << 20) if zipped else raw
-                for number, line in enumerate(stream, 1):
-                    self.done = raw.tell()
-                    if number == 1:
-                        line = line.removeprefix(b"\xef\xbb\xbf")
-                    if line.strip():
-                        yield number, _parse(line)
-        except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{self.path}: cannot read on after line {number}: {_reason(error)}") from error
-
-    def _parquet_rows(self) -> Iterator[tuple[int, dict[str, Any] | BadRecord]]:
-        with _open_parquet(self.path) as file:
-            names = tuple(file.schema_arrow.names)
-            wanted = {key for keys in layout_of(self._format, self._columns, names).values() for key in keys}
-            columns = [name for name in names if name in wanted]
-            if not columns:
-                raise UserError(
-                    f"{self.path}: has the columns {', '.join(names)}, none that a record of format "
-                    f"{self._format!r} is made of: set {self._where}.format or .columns"
-                )
-            try:
-                for batch in file.iter_batches(_PARQUET_ROWS, columns=columns):
-                    for row in batch.to_pylist():
-                        self.done += 1
-                        yield self.done, row
-            except _PARQUET_ERRORS as error:
-                raise UserError(f"{self.path}: cannot read on after row {self.done}: {_reason(error)}") from error
+    def _choose(self, where: str, columns: Sequence[str]) -> list[str]:
+        """Returns those of a table's columns that records are made of, in the table's order."""
+        wanted = {key for keys in layout_of(self._format, self._columns, tuple(columns)).values() for key in keys}
+        chosen = [column for column in columns if column in wanted]
+        if not chosen:
+            raise UserError(
+                f"{where}: has the columns {', '.join(columns)}, none that a record of format {self._format!r} is made "
+                f"of: set {self._where}.format or .columns"
+            )
+        return chosen
 
 
-def place(path: str, kind: str, line: int) -> str:
-    """Returns how messages name a record."""
-    return f"{path}:{line}" if kind == "jsonl" else f"{path} row {line}"
+def _open(source: SourceConfig, where: str) -> RowSource:
+    """Opens the rows of a source; packages that read data sets are imported only where one is named."""
+    if source.source == "tfds":
+        from jaxembed.data.tfds_rows import TfdsRows
 
+        return TfdsRows(source, where)
+    if source.source == "hf":
+        from jaxembed.data.hf_rows import HfRows
 
-def _kind(path: pathlib.Path, source: str, where: str) -> str:
-    if path.is_dir():
-        raise UserError(f"{where}.path: {path} is a folder, wants a file ({', '.join(_JSONL)} or .parquet)")
-    if not path.is_file():
-        raise UserError(f"{where}.path: there is no file {path}")
-    if source != "auto":
-        return source
-    if path.name.endswith(_JSONL):
-        return "jsonl"
-    if path.suffix == ".parquet":
-        return "parquet"
-    raise UserError(
-        f"{where}.path: {path.name} is none of {', '.join(_JSONL)}, .parquet: rename it, or set {where}.source"
-    )
-
-
-def _open_parquet(path: pathlib.Path) -> Any:
-    import pyarrow.parquet  # only sources that need it pay for the import
-
-    try:
-        return pyarrow.parquet.ParquetFile(path)
-    except _PARQUET_ERRORS as error:
-        raise UserError(f"{path}: not a readable parquet file: {_reason(error)}") from error
-
-
-def _parse(line: bytes) -> dict[str, Any] | BadRecord:
-    try:
-        row = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        return BadRecord(f"not UTF-8 (byte {error.start + 1} of the line)")
-    except json.JSONDecodeError as error:
-        return BadRecord(f"broken JSON ({error.msg}, column {error.colno}); wants one object a line")
-    except (ValueError, RecursionError) as error:
-        return BadRecord(f"unreadable JSON ({_reason(error)})")
-    return row if isinstance(row, dict) else BadRecord(f"wants a JSON object, has {type(row).__name__}")
-
-
-def _reason(error: BaseException) -> str:
-    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
+        return HfRows(source, where)
+    return FileRows(source, where)

@@ -4,11 +4,19 @@ import gzip
 import json
 import math
 import pathlib
+import re
 import zlib
 from collections.abc import Iterator
 from typing import Any
 
 from jaxembed.errors import UserError
+
+_ENDINGS = re.compile(r"(\.(jsonl|json|parquet|gz))+$")
+
+
+def stem(path: pathlib.Path) -> str:
+    """Returns a file's name without the endings that say what kind of file it is."""
+    return _ENDINGS.sub("", path.name)
 
 
 def find_file(folder: pathlib.Path, *names: str) -> pathlib.Path:

@@ -1,39 +1,66 @@
 """Scores as metrics and as a table.
 
-Results are a dict by task, 'sts/NAME' or 'retrieval/NAME', of what `evaluate_sts` or `evaluate_retrieval` returned.
+Results are a dict by task, 'KIND/NAME' or, of a baseline, 'bm25/KIND/NAME', of that kind's metrics, each times 100.
 """
 
 from rich.table import Table
 
-MAIN_METRIC = {"sts": "spearman", "retrieval": "ndcg@10"}  # kind of task → the metric that stands for it
+BM25 = "bm25/"  # before the names of BM25's results
+# kind of task → the metric that stands for it
+MAIN_METRIC = {"sts": "spearman", "retrieval": "ndcg@10", "pairs": "ndcg@10", "classification": "accuracy"}
+_TITLES = {
+    "sts": "Similarity",
+    "retrieval": "Retrieval",
+    "pairs": "Retrieval among pairs",
+    "classification": "Classification",
+}
+
+Results = dict[str, dict[str, float]]  # task → metric → score
 
 
-def main_scores(results: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Returns one score per task, as 'eval/sts/NAME' (Spearman) and 'eval/retrieval/NAME' (nDCG@10)."""
-    return {f"eval/{task}": scores[_main_metric(task)] for task, scores in results.items()}
+def main_scores(results: Results) -> dict[str, float]:
+    """Returns one score per task, as 'eval/KIND/NAME' or 'bm25/KIND/NAME'."""
+    return {_metric_name(task): scores[_main_metric(task)] for task, scores in results.items()}
 
 
-def flat_scores(results: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Returns all scores by metric name: the main ones as in `main_scores`, the others as 'eval/KIND/NAME/METRIC'."""
+def flat_scores(results: Results) -> dict[str, float]:
+    """Returns all scores by metric name: the main ones as in `main_scores`, the others with '/METRIC' behind."""
     flat: dict[str, float] = {}
     for task, scores in results.items():
         flat |= main_scores({task: scores})
-        flat |= {f"eval/{task}/{name}": score for name, score in scores.items() if name != _main_metric(task)}
+        others = {name: score for name, score in scores.items() if name != _main_metric(task)}
+        flat |= {f"{_metric_name(task)}/{name}": score for name, score in others.items()}
     return flat
 
 
-def scores_tables(results: dict[str, dict[str, float]]) -> list[Table]:
-    """Lays the scores out: a table per kind of task, a row per task, a column per metric."""
+def scores_tables(results: Results, baselines: Results) -> list[Table]:
+    """Lays the scores out: a table per kind of task, a row per task, a column per metric; BM25's row below the model's.
+
+    Args:
+      results: the model's.
+      baselines: BM25's, on some of the same sets.
+    """
     tables: dict[str, Table] = {}
     for task, scores in results.items():
         kind, _, name = task.partition("/")
         if kind not in tables:
-            tables[kind] = Table(kind)
+            tables[kind] = Table(title=_TITLES[kind], title_justify="left")
+            tables[kind].add_column("", overflow="fold")
             for metric in scores:
-                tables[kind].add_column(metric, justify="right")
-        tables[kind].add_row(name, *(f"{score:.2f}" for score in scores.values()))
+                tables[kind].add_column(metric, justify="right", no_wrap=True)
+        tables[kind].add_row(name, *_cells(scores))
+        if BM25 + task in baselines:
+            tables[kind].add_row("  BM25", *_cells(baselines[BM25 + task]), style="dim")
     return list(tables.values())
 
 
+def _cells(scores: dict[str, float]) -> list[str]:
+    return [f"{score:.2f}" for score in scores.values()]
+
+
+def _metric_name(task: str) -> str:
+    return task if task.startswith(BM25) else f"eval/{task}"
+
+
 def _main_metric(task: str) -> str:
-    return MAIN_METRIC[task.split("/")[0]]
+    return MAIN_METRIC[task.removeprefix(BM25).split("/")[0]]

@@ -2,14 +2,14 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from absl import logging
 
 from jaxembed.errors import UserError
 from jaxembed.evaluation.lines import find_file, id_of, read_lines, read_objects, text_of
-from jaxembed.evaluation.vectors import Encode, unit_vectors
+from jaxembed.evaluation.vectors import Encode, finite_vectors, for_search
 
 DEPTH = 100  # documents ranked per query
 
@@ -27,6 +27,8 @@ class RetrievalData:
       document_ids, documents: ids and texts, in the order of the ids: a search that ranks equal scores by document
         number then ranks them by id, as sentence-transformers does.
       gains: per query, gain > 0 by document id. Ids that the corpus lacks count as answers that are never found.
+      left_out: per query, sets of document ids (the queries may share them) that are neither right nor wrong: not
+        ranked for it, unless they have a gain.
     """
 
     name: str
@@ -35,6 +37,7 @@ class RetrievalData:
     document_ids: list[str]
     documents: list[str]
     gains: list[dict[str, float]]
+    left_out: list[tuple[frozenset[str], ...]]
 
 
 def read_retrieval(folder: str | pathlib.Path) -> RetrievalData:
@@ -64,11 +67,19 @@ def read_retrieval(folder: str | pathlib.Path) -> RetrievalData:
     if unknown:
         logging.warning("%s: %d of %d documents are not in the corpus: never found", qrels_path, unknown, len(wanted))
     name = folder.resolve().name
-    return RetrievalData(name, list(queries), list(queries.values()), list(documents), list(documents.values()), gains)
+    return RetrievalData(
+        name,
+        query_ids=list(queries),
+        queries=list(queries.values()),
+        document_ids=list(documents),
+        documents=list(documents.values()),
+        gains=gains,
+        left_out=[()] * len(queries),
+    )
 
 
-def evaluate_retrieval(data: RetrievalData, encode: Encode, search: Search) -> dict[str, float]:
-    """Ranks all documents for each query by cosine similarity and scores the first `DEPTH`.
+def evaluate_retrieval(data: RetrievalData, encode: Encode, search: Search, similarity: str) -> dict[str, float]:
+    """Ranks all documents for each query and scores the first `DEPTH`.
 
     Queries are encoded with the prompt 'query', documents with 'document'. A document whose id equals the query's is
     ranked like any other. The formulas are those of sentence-transformers' InformationRetrievalEvaluator, but for
@@ -79,19 +90,40 @@ def evaluate_retrieval(data: RetrievalData, encode: Encode, search: Search) -> d
       data: what to search for, and where.
       encode: the model.
       search: e.g. `search.top_k`.
+      similarity: 'cosine', 'dot' or 'euclidean'.
 
     Returns:
-      Means over the queries, times 100: 'ndcg@10', 'mrr@10', 'recall@10', 'recall@100', 'map@100'.
+      What `score_rankings` does.
 
     Raises:
-      UserError: the model's vectors are not finite.
+      UserError: the model's vectors are not finite, or compared in a way that the search cannot.
     """
-    queries_QxE = unit_vectors(encode, data.queries, "query")
-    documents_NxE = unit_vectors(encode, data.documents, "document")
-    numbers_QxK = search(queries_QxE, documents_NxE, DEPTH)[1]
+    queries_QxE = finite_vectors(encode, data.queries, "query")
+    documents_NxE = finite_vectors(encode, data.documents, "document")
+    ranked = search(*for_search(queries_QxE, documents_NxE, similarity), ranking_depth(data))
+    return score_rankings(data, ranked[1])
+
+
+def ranking_depth(data: RetrievalData) -> int:
+    """Returns how many documents to rank, so that `DEPTH` are left whichever are left out."""
+    return DEPTH + max(sum(map(len, sets)) for sets in data.left_out)
+
+
+def score_rankings(data: RetrievalData, rankings: Iterable[np.ndarray]) -> dict[str, float]:
+    """Scores the first `DEPTH` documents of each query's ranking that are not left out for it.
+
+    Args:
+      data: what is right.
+      rankings: per query, numbers of documents, best first; fewer than `DEPTH` where nothing more was found.
+
+    Returns:
+      Means over the queries, times 100: 'ndcg@10', 'mrr@10', 'recall@1', 'recall@10', 'recall@100', 'map@100'.
+    """
     found_QxK = np.zeros((len(data.queries), DEPTH))
-    for found, numbers, gains in zip(found_QxK, numbers_QxK, data.gains):
-        found[: len(numbers)] = [gains.get(data.document_ids[number], 0.0) for number in numbers]
+    for found, ranking, gains, left_out in zip(found_QxK, rankings, data.gains, data.left_out, strict=True):
+        ids = (data.document_ids[number] for number in ranking)
+        gained = [gains.get(key, 0.0) for key in ids if key in gains or not any(key in keys for keys in left_out)]
+        found[: len(gained[:DEPTH])] = gained[:DEPTH]
     return _metrics(found_QxK, data.gains)
 
 
@@ -113,6 +145,7 @@ def _metrics(found_QxK: np.ndarray, gains: list[dict[str, float]]) -> dict[str, 
     metrics_Q = {
         "ndcg@10": (found_QxK[:, :10] @ discounts_10) / (ideal_Qx10 @ discounts_10),
         "mrr@10": (hits_QxK / ranks_K)[:, :10].max(1),
+        "recall@1": hits_QxK[:, 0] / relevant_Q,
         "recall@10": hits_QxK[:, :10].sum(1) / relevant_Q,
         "recall@100": hits_QxK[:, :100].sum(1) / relevant_Q,
         "map@100": (precision_QxK * hits_QxK)[:, :100].sum(1) / np.minimum(relevant_Q, 100),

@@ -1,4 +1,4 @@
-"""Semantic textual similarity: do the model's cosines rank sentence pairs as people do?"""
+"""Semantic textual similarity: does the model rank sentence pairs as people do?"""
 
 import dataclasses
 import pathlib
@@ -7,10 +7,8 @@ import numpy as np
 from scipy.stats import rankdata
 
 from jaxembed.errors import UserError
-from jaxembed.evaluation.lines import number_of, read_objects, text_of
-from jaxembed.evaluation.vectors import NO_PROMPT, Encode, unit_vectors
-
-SUFFIXES = (".gz", ".jsonl", ".json")  # in the order in which they come off a file's name
+from jaxembed.evaluation.lines import number_of, read_objects, stem, text_of
+from jaxembed.evaluation.vectors import NO_PROMPT, Encode, finite_vectors, pair_similarities
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,21 +41,19 @@ def read_sts(path: str | pathlib.Path) -> StsData:
         scores.append(number_of(row, "score", where))
     if len(set(scores)) < 2:
         raise UserError(f"{path}: has {len(scores)} rows, none with another score than the rest: nothing to rank")
-    name = path.name
-    for suffix in SUFFIXES:
-        name = name.removesuffix(suffix)
-    return StsData(name, sentences1, sentences2, np.array(scores))
+    return StsData(stem(path), sentences1, sentences2, np.array(scores))
 
 
-def evaluate_sts(data: StsData, encode: Encode) -> dict[str, float]:
-    """Correlates the cosine similarities of the pairs with their scores.
+def evaluate_sts(data: StsData, encode: Encode, similarity: str) -> dict[str, float]:
+    """Correlates the similarities of the pairs with their scores.
 
-    The figures are those of sentence-transformers' EmbeddingSimilarityEvaluator with cosine similarity. As there, the
+    The figures are those of sentence-transformers' EmbeddingSimilarityEvaluator with that similarity. As there, the
     texts are encoded without naming a prompt: neither sentence is the query of the other.
 
     Args:
       data: the scored pairs.
       encode: the model.
+      similarity: 'cosine', 'dot', 'euclidean' or 'manhattan'.
 
     Returns:
       'spearman' and 'pearson', times 100; 0 where the model finds all pairs equally similar.
@@ -66,11 +62,11 @@ def evaluate_sts(data: StsData, encode: Encode) -> dict[str, float]:
       UserError: the model's vectors are not finite.
     """
     n = len(data.scores)
-    vectors = unit_vectors(encode, data.sentences1 + data.sentences2, NO_PROMPT)
-    cosines_N = np.einsum("ne,ne->n", vectors[:n], vectors[n:], dtype=np.float64)
+    vectors = finite_vectors(encode, data.sentences1 + data.sentences2, NO_PROMPT)
+    similarities_N = pair_similarities(vectors[:n], vectors[n:], similarity)
     return {
-        "spearman": 100 * _pearson(rankdata(cosines_N), rankdata(data.scores)),  # equal values share their mean rank
-        "pearson": 100 * _pearson(cosines_N, data.scores),
+        "spearman": 100 * _pearson(rankdata(similarities_N), rankdata(data.scores)),  # equals share their mean rank
+        "pearson": 100 * _pearson(similarities_N, data.scores),
     }
 
 

@@ -3,45 +3,48 @@
 import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
+from jaxembed.config import EvalConfig
 from jaxembed.embedder import Embedder
 from jaxembed.errors import UserError
+from jaxembed.evaluation.bm25 import evaluate_bm25
+from jaxembed.evaluation.pairs import read_pairs
+from jaxembed.evaluation.report import BM25, Results
 from jaxembed.evaluation.retrieval import RetrievalData, evaluate_retrieval, read_retrieval
 from jaxembed.evaluation.search import top_k
 from jaxembed.evaluation.sts import StsData, evaluate_sts, read_sts
 from jaxembed.evaluation.vectors import NO_PROMPT
 
-Results = dict[str, dict[str, float]]  # 'sts/NAME' or 'retrieval/NAME' → metric → score
+Data = TypeVar("Data", StsData, RetrievalData)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tasks:
-    """Evaluation sets.
+    """Evaluation sets, by name in the results.
 
     Attributes:
-      sts: similarity sets.
-      retrieval: retrieval sets.
+      sts: similarity sets, 'sts/NAME'.
+      retrieval: retrieval sets, 'retrieval/NAME' and 'pairs/NAME'.
+      bm25: whether BM25 is scored too.
     """
 
-    sts: tuple[StsData, ...]
-    retrieval: tuple[RetrievalData, ...]
+    sts: dict[str, StsData]
+    retrieval: dict[str, RetrievalData]
+    bm25: bool
 
     @classmethod
-    def read(cls, sts: Iterable[str], retrieval: Iterable[str]) -> "Tasks":
-        """Reads the files.
+    def read(cls, config: EvalConfig) -> "Tasks":
+        """Reads the sets.
 
         Raises:
           UserError: one is missing or broken, or two have the same name.
         """
-        tasks = cls(tuple(map(read_sts, sts)), tuple(map(read_retrieval, retrieval)))
-        for kind in (tasks.sts, tasks.retrieval):
-            names = [data.name for data in kind]
-            for name in names:
-                if names.count(name) > 1:
-                    raise UserError(f"two evaluation sets are called {name!r}: their scores would have one name")
-        return tasks
+        beir = _by_name("retrieval", map(read_retrieval, config.retrieval))
+        pairs = _by_name("pairs", (read_pairs(spec, f"eval.pairs[{i}]") for i, spec in enumerate(config.pairs)))
+        return cls(_by_name("sts", map(read_sts, config.sts)), beir | pairs, config.bm25)
 
     def evaluate(self, embedder: Embedder, show_progress_bar: bool = False) -> Results:
         """Scores a model on all sets, on its mesh.
@@ -55,6 +58,20 @@ class Tasks:
             return by_name[prompt_name](texts, show_progress_bar=show_progress_bar)
 
         search = functools.partial(top_k, mesh=embedder.mesh)
-        return {f"sts/{data.name}": evaluate_sts(data, encode) for data in self.sts} | {
-            f"retrieval/{data.name}": evaluate_retrieval(data, encode, search) for data in self.retrieval
+        return {task: evaluate_sts(data, encode) for task, data in self.sts.items()} | {
+            task: evaluate_retrieval(data, encode, search) for task, data in self.retrieval.items()
         }
+
+    def baselines(self) -> Results:
+        """Scores BM25 on the retrieval and pairs sets, as 'bm25/KIND/NAME', if it is asked for."""
+        return {BM25 + task: evaluate_bm25(data) for task, data in self.retrieval.items()} if self.bm25 else {}
+
+
+def _by_name(kind: str, sets: Iterable[Data]) -> dict[str, Data]:
+    named: dict[str, Data] = {}
+    for data in sets:
+        task = f"{kind}/{data.name}"
+        if task in named:
+            raise UserError(f"two evaluation sets are called {task}: their scores would have one name; rename one")
+        named[task] = data
+    return named

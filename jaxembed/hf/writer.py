@@ -60,7 +60,7 @@ def write_folder(
     similarity: str = "cosine",
     dtype: str = "float32",
     unused: Mapping[str, np.ndarray] | None = None,
-    extra_files: Mapping[str, str] | None = None,
+    extra_files: Mapping[str, bytes] | None = None,
 ) -> None:
     """Writes the folder, all of it or nothing.
 
@@ -81,7 +81,7 @@ def write_folder(
       similarity: 'cosine' | 'dot' | 'euclidean' | 'manhattan'.
       dtype: of the tensors written: 'float32' | 'bfloat16' | 'float16'.
       unused: from `jaxembed.hf.weights.unused_tensors`; those not given are written as zeros.
-      extra_files: name → text of further files, such as README.md.
+      extra_files: name → content of further files, such as README.md.
 
     Raises:
       UserError: something else is at `out`, or it cannot be written.
@@ -121,8 +121,8 @@ def write_folder(
             "similarity_fn_name": similarity,
         }
         _write_json(folder / SETTINGS, settings)
-        for name, text in (extra_files or {}).items():
-            (folder / name).write_text(text, encoding="utf-8")
+        for name, content in (extra_files or {}).items():
+            (folder / name).write_bytes(content)
 
 
 def _model_config(hf_config: Mapping[str, Any], architecture: Architecture, dtype: str) -> dict[str, Any]:

@@ -9,28 +9,36 @@ from jaxembed.evaluation.report import flat_scores, main_scores, scores_tables
 RESULTS = {
     "sts/stsb-dev": {"spearman": 86.716, "pearson": 86.0},
     "retrieval/scifact": {"ndcg@10": 64.5, "recall@100": 92.5},
+    "retrieval/other": {"ndcg@10": 1.0, "recall@100": 2.0},
 }
+BASELINES = {"bm25/retrieval/scifact": {"ndcg@10": 69.4, "recall@100": 92.0}}
 
 
 def test_metric_names():
-    assert main_scores(RESULTS) == {"eval/sts/stsb-dev": 86.716, "eval/retrieval/scifact": 64.5}
-    assert flat_scores(RESULTS) == {
+    assert main_scores(RESULTS | BASELINES) == {
+        "eval/sts/stsb-dev": 86.716,
+        "eval/retrieval/scifact": 64.5,
+        "eval/retrieval/other": 1.0,
+        "bm25/retrieval/scifact": 69.4,
+    }
+    assert flat_scores({"sts/stsb-dev": RESULTS["sts/stsb-dev"]} | BASELINES) == {
         "eval/sts/stsb-dev": 86.716,
         "eval/sts/stsb-dev/pearson": 86.0,
-        "eval/retrieval/scifact": 64.5,
-        "eval/retrieval/scifact/recall@100": 92.5,
+        "bm25/retrieval/scifact": 69.4,
+        "bm25/retrieval/scifact/recall@100": 92.0,
     }
 
 
 def test_tables():
     console = Console(width=100, file=io.StringIO())
-    console.print(*scores_tables(RESULTS))
+    console.print(*scores_tables(RESULTS, BASELINES))
     lines = console.file.getvalue().replace("┃", "│").splitlines()
-    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
-    for row in (
-        ["sts", "spearman", "pearson"],
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if "│" in line]
+    assert rows == [
+        ["", "spearman", "pearson"],
         ["stsb-dev", "86.72", "86.00"],
-        ["retrieval", "ndcg@10", "recall@100"],
+        ["", "ndcg@10", "recall@100"],
         ["scifact", "64.50", "92.50"],
-    ):
-        assert row in rows
+        ["BM25", "69.40", "92.00"],
+        ["other", "1.00", "2.00"],
+    ]

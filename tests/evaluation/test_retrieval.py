@@ -26,7 +26,7 @@ def angles(**degrees):
 
 
 def task(queries, documents, gains):
-    return RetrievalData("hand", list(queries), list(queries), list(documents), list(documents), gains)
+    return RetrievalData("hand", list(queries), list(queries), list(documents), list(documents), gains, [()] * len(gains))
 
 
 def test_by_hand():
@@ -34,13 +34,14 @@ def test_by_hand():
     encode = Table(query=angles(first=0.0, last=60.0), document=angles(**documents))
     # `first` ranks d0, d1, d2 ...; its answers stand at 2, 3 and 12. `last` ranks d11, d10 ...; its one answer is last.
     data = task(["first", "last"], documents, [{"d1": 1.0, "d2": 3.0, "d11": 2.0}, {"d0": 1.0}])
-    scores = evaluate_retrieval(data, encode, top_k)
+    scores = evaluate_retrieval(data, encode, top_k, "cosine")
     dcg = 1 / np.log2(3) + 3 / np.log2(4)
     ideal = 3 / np.log2(2) + 2 / np.log2(3) + 1 / np.log2(4)
     assert scores == pytest.approx(
         {
             "ndcg@10": 100 * (dcg / ideal + 0) / 2,
             "mrr@10": 100 * (1 / 2 + 0) / 2,
+            "recall@1": 0.0,
             "recall@10": 100 * (2 / 3 + 0) / 2,
             "recall@100": 100.0,
             "map@100": 100 * ((1 / 2 + 2 / 3 + 3 / 12) / 3 + 1 / 12) / 2,
@@ -50,7 +51,7 @@ def test_by_hand():
 
 def test_an_answer_outside_the_corpus_is_never_found():
     encode = Table(query=angles(q=0.0), document=angles(a=0.0, b=9.0))
-    scores = evaluate_retrieval(task(["q"], ["a", "b"], [{"a": 1.0, "elsewhere": 1.0}]), encode, top_k)
+    scores = evaluate_retrieval(task(["q"], ["a", "b"], [{"a": 1.0, "elsewhere": 1.0}]), encode, top_k, "cosine")
     assert scores["recall@100"] == pytest.approx(50) and scores["mrr@10"] == pytest.approx(100)
     assert scores["ndcg@10"] == pytest.approx(100 / (1 + 1 / np.log2(3)))
 
@@ -58,7 +59,7 @@ def test_an_answer_outside_the_corpus_is_never_found():
 def test_ranks_by_cosine_whatever_the_lengths():
     vectors = {"near": np.float32([1, 0.1]), "long": np.float32([50, 50])}
     encode = Table(query=angles(q=0.0), document=vectors)
-    assert evaluate_retrieval(task(["q"], vectors, [{"near": 1.0}]), encode, top_k)["mrr@10"] == 100
+    assert evaluate_retrieval(task(["q"], vectors, [{"near": 1.0}]), encode, top_k, "cosine")["mrr@10"] == 100
 
 
 @pytest.mark.parametrize("relevant", [3, 130])
@@ -79,14 +80,14 @@ def test_equals_sentence_transformers_with_ties(relevant):
         near = sorted(ids, key=lambda i: -documents[i] @ vector)[: 2 * relevant]
         chosen = [*rng.choice(near, relevant, replace=False), *rng.choice(ids, relevant, replace=False)]
         gains.append({str(document): 1.0 for document in chosen})
-    ours = evaluate_retrieval(task(queries, ids, gains), Table(query=queries, document=documents), top_k)
+    ours = evaluate_retrieval(task(queries, ids, gains), Table(query=queries, document=documents), top_k, "cosine")
 
     evaluator = InformationRetrievalEvaluator(
         dict(zip(queries, queries)),
         dict(zip(ids, ids)),
         {query: set(gain) for query, gain in zip(queries, gains)},
         corpus_chunk_size=300,
-        precision_recall_at_k=[10, 100],
+        precision_recall_at_k=[1, 10, 100],
         score_functions={"cosine": cos_sim},
         write_csv=False,
     )

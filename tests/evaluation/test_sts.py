@@ -35,7 +35,7 @@ def test_equals_scipy():
     data, encode = random_task()
     x, y = (np.stack([encode.vectors[t] for t in ts]).astype(np.float64) for ts in (data.sentences1, data.sentences2))
     cosine = (x * y).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1)
-    scores = evaluate_sts(data, encode)
+    scores = evaluate_sts(data, encode, "cosine")
     assert scores["spearman"] == pytest.approx(100 * spearmanr(cosine, data.scores)[0], abs=0.01)
     assert scores["pearson"] == pytest.approx(100 * pearsonr(cosine, data.scores)[0], abs=1e-4)
     assert encode.prompts == {""}
@@ -46,14 +46,14 @@ def test_ranks_by_hand():
     vectors = np.float32([[1, 0], [1, 0], [1, 0], [1, 0], [3, 0], [0, 2], [-1, 0], [1, 1]])
     texts = list("abcdefgh")
     data = StsData("hand", texts[:4], texts[4:], np.array([5.0, 1.0, 2.0, 5.0]))
-    assert evaluate_sts(data, Table(texts, vectors))["spearman"] == pytest.approx(100 * 3.5 / np.sqrt(5 * 4.5))
+    assert evaluate_sts(data, Table(texts, vectors), "cosine")["spearman"] == pytest.approx(100 * 3.5 / np.sqrt(5 * 4.5))
 
 
 def test_equal_cosines_share_their_rank():
     # cosines 0, 0, 1, 1 exactly: ranks 1.5, 1.5, 3.5, 3.5 against 1, 2, 3, 4
     texts, vectors = list("abcdefgh"), np.float32([[1, 0]] * 4 + [[0, 2], [0, 3], [5, 0], [7, 0]])
     data = StsData("hand", texts[:4], texts[4:], np.array([0.1, 0.2, 0.3, 0.4]))
-    assert evaluate_sts(data, Table(texts, vectors))["spearman"] == pytest.approx(100 * 4 / np.sqrt(4 * 5))
+    assert evaluate_sts(data, Table(texts, vectors), "cosine")["spearman"] == pytest.approx(100 * 4 / np.sqrt(4 * 5))
 
 
 def test_equals_sentence_transformers():
@@ -67,7 +67,7 @@ def test_equals_sentence_transformers():
     evaluator.embed_inputs = lambda model, texts, **_: encode(texts, "")
     evaluator.store_metrics_in_model_card_data = lambda *_, **__: None
     wanted = evaluator(None)
-    scores = evaluate_sts(data, encode)
+    scores = evaluate_sts(data, encode, "cosine")
     assert scores["spearman"] == pytest.approx(100 * wanted["spearman_cosine"], abs=0.01)
     assert scores["pearson"] == pytest.approx(100 * wanted["pearson_cosine"], abs=1e-3)
 

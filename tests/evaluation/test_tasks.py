@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+from jaxembed.config import EvalConfig
 from jaxembed.errors import UserError
 from jaxembed.evaluation.tasks import Tasks
 
@@ -51,7 +52,7 @@ class Recorder:
 def test_each_kind_of_text_is_encoded_with_its_prompt(tmp_path):
     sts, beir = write_sets(tmp_path)
     recorder = Recorder()
-    results = Tasks.read([str(sts)], [str(beir)]).evaluate(recorder)
+    results = Tasks.read(EvalConfig(sts=(str(sts),), retrieval=(str(beir),))).evaluate(recorder)
     assert set(results) == {"sts/pairs", "retrieval/mini"}
     assert recorder.calls["query"] == ["where is the cat"]
     assert sorted(recorder.calls["document"]) == [
@@ -68,7 +69,7 @@ def test_two_sets_of_one_name_are_refused(tmp_path):
     other.mkdir()
     (other / "pairs.jsonl").write_text(sts.read_text())
     with pytest.raises(UserError, match="pairs"):
-        Tasks.read([str(sts), str(other / "pairs.jsonl")], [])
+        Tasks.read(EvalConfig(sts=(str(sts), str(other / "pairs.jsonl"))))
 
 
 def test_command_prints_tables_and_a_json_line_last(tmp_path, minilm_dir):

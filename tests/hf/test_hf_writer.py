@@ -188,7 +188,7 @@ def test_prompts_left_out_of_pooling(tiny, tmp_path):
 
 
 def test_minilm_there_and_back_is_bit_equal(minilm_dir, tmp_path):
-    write(read_folder(minilm_dir), tmp_path / "out", extra_files={"README.md": "# Card\n"})
+    write(read_folder(minilm_dir), tmp_path / "out", extra_files={"README.md": b"# Card\n"})
     original = transformers.AutoModel.from_pretrained(minilm_dir).state_dict()
     model, info = transformers.AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info

@@ -1,0 +1,131 @@
+"""Where training records come from, in words: the shorthand of a source, and the files that a path stands for.
+
+Everything here answers at once: no file is read, and no package is imported that takes a moment.
+"""
+
+import glob
+import pathlib
+import re
+
+from jaxembed.config import AUTO, SourceConfig
+from jaxembed.errors import UserError
+
+DATA_SETS = ("tfds", "hf")  # sources whose rows a package of their own reads
+
+_SUFFIXES = {"jsonl": (".jsonl", ".jsonl.gz", ".json", ".json.gz"), "parquet": (".parquet",)}
+_ALL_SUFFIXES = tuple(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)
+_INFO_FILES = ("dataset_info.json", "dataset_dict.json")  # what a folder written by tfds or datasets has
+_SPLIT = r"[A-Za-z][\w.-]*(\[[^\]]*\])?"
+_SHORTHAND = re.compile(rf"(?P<source>tfds|hf):(?P<name>.+?)(:(?P<split>{_SPLIT}(\+{_SPLIT})*))?")
+
+
+def parse_spec(spec: str) -> dict[str, str]:
+    """Returns the fields of `SourceConfig` that a source's shorthand stands for.
+
+    Args:
+      spec: a file, folder or glob; or 'tfds:NAME[:SPLIT]' or 'hf:NAME[:SPLIT]', NAME being a data set's name or the
+        folder of a prepared one. A split begins with a letter and may be a slice or a sum (`test`, `train[:10%]`); a
+        version, as in 'tfds:glue/mrpc:2.0.0', is a part of the name.
+
+    Raises:
+      UserError: no name after 'tfds:' or 'hf:'.
+    """
+    if not spec.startswith(tuple(f"{source}:" for source in DATA_SETS)):
+        return {"source": AUTO, "path": spec}
+    match = _SHORTHAND.fullmatch(spec)
+    if not match:
+        raise UserError(f"{spec!r} names no data set: wants tfds:NAME, tfds:NAME:SPLIT, hf:NAME or hf:NAME:SPLIT")
+    name = match["name"]
+    fields = {"source": match["source"], ("path" if _means_folder(name) else "name"): name}
+    return fields | ({"split": match["split"]} if match["split"] else {})
+
+
+def _means_folder(name: str) -> bool:
+    """Tells a prepared data set's folder from a name, though a folder of the name may happen to be there."""
+    return name.startswith((".", "/", "~")) or _is_data_set(pathlib.Path(name))
+
+
+def _is_data_set(folder: pathlib.Path) -> bool:
+    return any((folder / name).is_file() for name in _INFO_FILES)
+
+
+def check_place(source: SourceConfig, where: str) -> None:
+    """Refuses a path that leads nowhere. What has only a name is not looked for.
+
+    Args:
+      source: the source.
+      where: its config field, for messages.
+
+    Raises:
+      UserError: there is nothing at the path, or files of several kinds.
+    """
+    if source.source not in DATA_SETS:
+        find_files(source, where)
+    elif source.path and not pathlib.Path(source.path).expanduser().is_dir():
+        raise UserError(f"{where}.path: there is no folder {source.path}")
+
+
+def find_files(source: SourceConfig, where: str) -> tuple[str, tuple[pathlib.Path, ...]]:
+    """Returns the kind of a source's files, 'jsonl' or 'parquet', and the files in the order of their names.
+
+    A folder stands for all files of a known kind in it and its subfolders, a glob (`**` goes through subfolders) for
+    all files that it matches. Hidden files are left out of both.
+
+    Raises:
+      UserError: no such file, none in the folder or of the glob, or several kinds.
+    """
+    path, wanted = pathlib.Path(source.path).expanduser(), _SUFFIXES.get(source.source, _ALL_SUFFIXES)
+    field = f"{where}.path"
+    if path.is_dir():
+        if source.source == AUTO and _is_data_set(path):
+            raise UserError(
+                f"{field}: {source.path} is a data set's folder: say {where}.source = 'tfds' or 'hf', or give it as "
+                f"tfds:{source.path} or hf:{source.path}"
+            )
+        files = tuple(sorted(f for f in path.rglob("*") if f.name.endswith(wanted) and _is_visible(f, path)))
+        if not files:
+            raise UserError(f"{field}: the folder {source.path} and its subfolders hold no {', '.join(wanted)} file")
+    elif path.is_file():
+        files = (path,)
+    elif glob.has_magic(source.path):
+        files = tuple(sorted(f for f in map(pathlib.Path, glob.glob(str(path), recursive=True)) if f.is_file()))
+        if not files:
+            raise UserError(f"{field}: no file matches {source.path}")
+    else:
+        raise UserError(f"{field}: no such file or folder: {source.path}")
+    return (source.source if source.source != AUTO else _common_kind(files, where)), files
+
+
+def label_of(path: str, n_files: int) -> str:
+    """Returns a short name without machine paths: 'a.jsonl', 'folder/ (12 files)', 'folder/*.parquet (12 files)'."""
+    place = pathlib.Path(path).expanduser()
+    if place.is_file():
+        return place.name
+    if place.is_dir():
+        name = f"{place.resolve().name}/"
+    else:  # the folder before the first wild card says what the files are; all before it is this machine's affair
+        parts = place.parts
+        wild = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+        name = "/".join(part for part in parts[max(0, wild - 1) :] if part != place.anchor)
+    return f"{name} ({n_files} file{'s' * (n_files != 1)})"
+
+
+def _is_visible(file: pathlib.Path, folder: pathlib.Path) -> bool:
+    return file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
+def _common_kind(files: tuple[pathlib.Path, ...], where: str) -> str:
+    first_of: dict[str, pathlib.Path] = {}
+    for file in files:
+        kind = next((kind for kind, suffixes in _SUFFIXES.items() if file.name.endswith(suffixes)), "")
+        if not kind:
+            raise UserError(
+                f"{where}.path: {file.name} is none of {', '.join(_ALL_SUFFIXES)}: rename it, or set {where}.source"
+            )
+        first_of.setdefault(kind, file)
+    if len(first_of) > 1:
+        jsonl, parquet = first_of["jsonl"], first_of["parquet"]
+        raise UserError(
+            f"{where}.path: files of two kinds, {jsonl} and {parquet}: set {where}.source, or name one kind by a glob"
+        )
+    return next(iter(first_of))

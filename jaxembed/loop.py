@@ -1,0 +1,209 @@
+"""The training loop of one stage.
+
+Its order is a contract: with a state that has done `step` steps, evaluate → save → next batch → step → write. Metrics
+are read one step late, so that the device never waits for the host; before an evaluation or a checkpoint they are
+caught up with, so that nothing is saved whose step was not found finite.
+"""
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxembed.checkpoint import Checkpoints
+from jaxembed.config import Config
+from jaxembed.data.batch import Batch
+from jaxembed.data.loader import StepInfo, prefetch
+from jaxembed.embedder import Embedder
+from jaxembed.errors import TrainingStopped, UserError
+from jaxembed.evaluation.report import flat_scores
+from jaxembed.evaluation.tasks import Tasks
+from jaxembed.metrics import MetricsWriter
+from jaxembed.model_source import Blueprint
+from jaxembed.models.text_encoder import ModelFactory
+from jaxembed.preemption import StopSignal
+from jaxembed.progress import Progress
+from jaxembed.step import TrainState
+from jaxembed.training_data import TrainingData
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What all stages of a run share."""
+
+    workdir: pathlib.Path
+    mesh: jax.sharding.Mesh
+    blueprint: Blueprint
+    tasks: Tasks
+    checkpoints: Checkpoints
+    writer: MetricsWriter
+    progress: Progress
+    stop: StopSignal
+
+
+@dataclasses.dataclass(frozen=True)
+class StageRun:
+    """A stage, ready to run.
+
+    Attributes:
+      index: its number.
+      name: '' in a run without stages.
+      config: as this stage sees it.
+      data: its own.
+      factory: the model's maker.
+      first, last: the run's steps from `first`, which it begins with, to `last`, which it stops before.
+    """
+
+    index: int
+    name: str
+    config: Config
+    data: TrainingData
+    factory: ModelFactory
+    first: int
+    last: int
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the stage."""
+        return {**self.data.meta, "stage": self.index}
+
+
+class Loop:
+    """The loop's moving parts."""
+
+    def __init__(self, run: Run, stage: StageRun, step_function: Any) -> None:
+        self.run_, self.stage, self.step_function = run, stage, step_function
+        self.compiled: dict[tuple[int, ...], Any] = {}
+        self.pending: tuple[StepInfo, dict[str, jax.Array]] | None = None
+        self.line: dict[str, Any] | None = None  # the open one
+        self.last_line: dict[str, Any] = {}
+        self.clock = time.perf_counter()
+
+    def run(self, state: TrainState, start: int | None) -> tuple[TrainState, int]:
+        """Runs from step `start` (None: a fresh run) to the stage's end, or until the process is told to stop.
+
+        Returns:
+          The state, and the number of steps that the run has done.
+        """
+        run, stage, config = self.run_, self.stage, self.stage.config
+        step = start or 0
+        batches = prefetch(stage.data.builder, step - stage.first, stage.last - stage.first, config.data.prefetch)
+        while True:
+            last = step == stage.last or run.stop.requested(step)
+            evaluate = bool(config.eval.every) and (step % config.eval.every == 0 or step == stage.last)
+            save = last or step % config.checkpoint.every == 0 or (evaluate and bool(config.checkpoint.best))
+            if step == start:  # this state was evaluated and saved before
+                evaluate = save = False
+            if evaluate or save:
+                self._catch_up(hold=True)
+            if evaluate:
+                self._evaluate(state, step)
+            self._flush()
+            if save and step > 0:
+                run.writer.sync()
+                run.checkpoints.save(state, step, stage.meta, self._scores())
+            if last:
+                break
+            state = self._step(state, batches)
+            step += 1
+        return state, step
+
+    def _step(self, state: TrainState, batches: Iterator[tuple[Batch, StepInfo]]) -> TrainState:
+        batch, info = next(batches)
+        batch = self.stage.data.to_device(batch, self.run_.mesh)
+        shape = batch.rows.tokens.shape
+        if shape not in self.compiled:
+            self.compiled[shape] = self._compile(state, batch)
+        state, metrics = self.compiled[shape](state, batch)
+        self._catch_up()
+        self.pending = info, metrics
+        return state
+
+    def _compile(self, state: TrainState, batch: Batch) -> Any:
+        say = self.run_.progress.say
+        say(f"compiling for {batch.rows.tokens.shape} tokens …")
+        compiled = self.step_function.lower(state, batch).compile()
+        memory = compiled.memory_analysis()
+        if memory:
+            gigabytes = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 1e9
+            say(f"compiled for {batch.rows.tokens.shape} tokens: {gigabytes:.2f} GB per device")
+        return compiled
+
+    def _catch_up(self, hold: bool = False) -> None:
+        """Reads the metrics of the step before and makes its line; `hold` keeps the line open for scores."""
+        if self.pending is None:
+            return
+        (info, metrics), self.pending = self.pending, None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self._require_finite(info, values)
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
+        line = {"step": self._number(info), **self._stage_name(), **values, **_counts(info)}
+        line |= {
+            "pairs_per_s": info.pairs / seconds,
+            "tokens_per_s": info.real_tokens / seconds,
+            "padded_tokens_per_s": info.padded_tokens / seconds,
+        }
+        self.run_.progress.update(line)
+        self.line = line
+        if not hold:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Writes the open line, if its step is one that is logged or it carries scores."""
+        line, self.line = self.line, None
+        if line is None:
+            return
+        due = line["step"] % self.stage.config.log_every == 0 or line["step"] == self.stage.last
+        if due or any(name.startswith("eval/") for name in line):
+            self.run_.writer.write(line)
+        self.last_line = line
+
+    def _evaluate(self, state: TrainState, step: int) -> None:
+        run, config = self.run_, self.stage.config
+        embedder = Embedder(run.blueprint, self.stage.factory, state.served, run.mesh)
+        scores = flat_scores(run.tasks.evaluate(embedder))
+        best = config.checkpoint.best
+        if best and best not in scores:
+            raise UserError(f"config.checkpoint.best = {best!r}: the evaluation gives {', '.join(scores)}")
+        if step == 0:  # what to compare with, once
+            scores |= flat_scores(run.tasks.baselines())
+        self.line = (self.line or {"step": step, **self._stage_name()}) | scores
+        run.progress.scores(step, scores)
+        self.clock = time.perf_counter()
+
+    def _scores(self) -> dict[str, float]:
+        return {name: value for name, value in self.last_line.items() if name.startswith("eval/")}
+
+    def _number(self, info: StepInfo) -> int:
+        """Returns how many steps the run has done after this one."""
+        return self.stage.first + info.step + 1
+
+    def _stage_name(self) -> dict[str, str]:
+        return {"stage": self.stage.name} if self.stage.name else {}
+
+    def _require_finite(self, info: StepInfo, values: dict[str, float]) -> None:
+        if np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"]):
+            return
+        self.run_.checkpoints.wait()
+        kept = self.run_.checkpoints.latest()
+        records = self.stage.data.record_names(info.step)
+        shown = ", ".join(records[:4]) + (f" and {len(records) - 4} more" if len(records) > 4 else "")
+        raise TrainingStopped(
+            f"step {self._number(info)}: loss {values['loss']:g}, gradient norm {values['grad_norm']:g}: not finite. "
+            f"Its records: {shown}. The newest checkpoint{f' (step {kept})' if kept else ''} is intact; lower the "
+            "learning rate, clip the gradient, or look at these records"
+        )
+
+
+def _counts(info: StepInfo) -> dict[str, Any]:
+    return {
+        "pairs": info.pairs,
+        "tokens": info.real_tokens,
+        "padded_tokens": info.padded_tokens,
+        "padding_waste": info.waste,
+    }

@@ -1,0 +1,72 @@
+"""Draw a run's curves and write its report.
+
+    python -m jaxembed.report --workdir=RUN
+
+Reads what training left in RUN and writes RUN/report/: README.md (a summary in Markdown) and curves.png. Training does
+so at its end; this makes it anew, also while training is going on.
+"""
+
+import json
+import os
+import pathlib
+import sys
+
+from absl import flags
+
+from jaxembed import cli
+from jaxembed.errors import UserError
+
+FOLDER = "report"
+
+
+def write_report(workdir: pathlib.Path) -> None:
+    """Writes WORKDIR/report, each file whole or not at all.
+
+    Args:
+      workdir: the run's.
+
+    Raises:
+      UserError: not a run's folder, no metrics in it yet, or no picture can be drawn.
+      OSError: it cannot be written.
+    """
+    from jaxembed.reporting import curves
+    from jaxembed.reporting.record import RunRecord
+    from jaxembed.reporting.run_report import report
+
+    record = RunRecord.read(workdir)
+    if not record.history.series:
+        raise UserError(f"{workdir}: no metrics in it yet, so nothing to report")
+    try:
+        picture = curves.draw(record.history, record.title)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a drawing library may raise is not worth a training run
+        raise UserError(f"{workdir}: its curves cannot be drawn: {error!r}") from error
+    folder = workdir / FOLDER
+    folder.mkdir(exist_ok=True)
+    for name, content in ((curves.NAME, picture), ("README.md", report(record).encode())):
+        part = folder / f".{name}.{os.getpid()}.tmp"
+        part.write_bytes(content)
+        os.replace(part, folder / name)
+
+
+def main() -> None:
+    """Runs the command."""
+    if not flags.FLAGS.workdir:
+        raise UserError("--workdir is missing: name the run's folder")
+    from rich.console import Console
+
+    from jaxembed.reporting.summary import summary
+
+    workdir = pathlib.Path(flags.FLAGS.workdir).expanduser()
+    try:
+        write_report(workdir)
+    except OSError as error:
+        raise UserError(f"{workdir / FOLDER}: cannot be written: {error.strerror}") from error
+    Console(file=sys.stderr).print(summary(workdir))
+    print(json.dumps({"report": str(workdir / FOLDER)}))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", "", "The run's folder.")
+    cli.run(main, __doc__)

@@ -1,0 +1,188 @@
+"""The model card of an exported folder: its README.md, with the front matter that the Hugging Face hub reads.
+
+It says what is known and says where something is not: a licence is never guessed, and no training text is shown.
+"""
+
+import pathlib
+import re
+from typing import TYPE_CHECKING
+
+import jax
+
+from jaxembed.hf.hub import REPOSITORY
+from jaxembed.reporting import curves
+from jaxembed.reporting.history import Scores
+from jaxembed.reporting.markdown import code, data_table, duration, score, settings_table, start_of, table
+from jaxembed.reporting.record import RunRecord, Source
+from jaxembed.reporting.snippets import jax_code, sentence_transformers_code, transformers_code
+
+if TYPE_CHECKING:
+    from jaxembed.embedder import Embedder
+
+NAME = "README.md"
+TAGS = ["sentence-transformers", "sentence-similarity", "feature-extraction", "jaxembed"]
+SPDX = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")  # an identifier of the SPDX licence list, by its form
+# What sentence-transformers calls the tasks in its cards.
+HUB_TASKS = {
+    "sts": "semantic-similarity",
+    "retrieval": "information-retrieval",
+    "pairs": "information-retrieval",
+    "classification": "text-classification",
+}
+POOLING = {
+    "mean": "mean of the token states",
+    "weighted_mean": "mean of the token states, weighted by their positions",
+    "cls": "state of the first token",
+    "last": "state of the last token",
+}
+
+
+def card_files(embedder: "Embedder") -> dict[str, bytes]:
+    """Returns the card and, for a model out of a run with metrics, the picture of its curves, by name.
+
+    Args:
+      embedder: what is exported; its `run` says where scores and data are read.
+
+    Raises:
+      UserError: the run's folder cannot be read.
+    """
+    run = embedder.run
+    record = RunRecord.read(run.workdir, run.step) if run else None
+    files = {NAME: model_card(embedder, record).encode()}
+    if record and record.history.series:
+        files[curves.NAME] = curves.draw(record.history, record.title)
+    return files
+
+
+def model_card(embedder: "Embedder", record: RunRecord | None) -> str:
+    """Returns the card as Markdown.
+
+    Args:
+      embedder: the model.
+      record: of its run, up to the step exported; None for a model that is not out of a run.
+    """
+    known = record is not None and record.history.series
+    parts = [
+        f"---\n{_front_matter(record)}---\n",
+        f"# {record.name if record else 'A text-embedding model'}\n",
+        _introduction(embedder, record),
+        _properties(embedder),
+        _usage(embedder),
+        _evaluation(record) if known else "",
+        f"## Training\n\n{settings_table(record)}\n![Curves of the training]({curves.NAME})\n" if known else "",
+        _data(record) if record else "",
+    ]
+    return "\n".join(filter(None, parts))
+
+
+def licence_of(record: RunRecord) -> str:
+    """Returns the licence that the hub is told: the one that all training data share, of a model made from scratch.
+
+    '' where sources differ, where a source's is not known or has no SPDX identifier, and where the weights began with
+    those of another model, whose own licence holds too.
+    """
+    licences = {source.licence for source in record.sources}
+    only = licences.pop() if len(licences) == 1 else ""
+    return only.lower() if record.config.model.init == "scratch" and SPDX.fullmatch(only) else ""
+
+
+def _front_matter(record: RunRecord | None) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    main = _main_scores(record) if record else []
+    results = [
+        EvalResult(
+            task_type=HUB_TASKS[row.task.split("/")[0]],
+            dataset_type="unknown",
+            dataset_name=row.task.split("/", 1)[1],
+            metric_type=row.metric,
+            metric_value=round(row.last, 4),
+        )
+        for row in main
+    ]
+    data = ModelCardData(
+        library_name="sentence-transformers",
+        pipeline_tag="sentence-similarity",
+        tags=TAGS,
+        license=(licence_of(record) or None) if record else None,
+        base_model=_base_model(record) if record else None,
+        model_name=record.name if record else None,
+        eval_results=results or None,
+    )
+    return data.to_yaml() + "\n"
+
+
+def _base_model(record: RunRecord) -> str | None:
+    """Returns ORG/NAME of the hub's model that training began with; None for another beginning."""
+    kind, _, where = record.config.model.init.partition(":")
+    match = REPOSITORY.fullmatch(where)
+    return match["name"] if kind == "hf" and match and not pathlib.Path(where).is_dir() else None
+
+
+def _introduction(embedder: "Embedder", record: RunRecord | None) -> str:
+    said = "Maps texts to vectors, so that texts that belong together lie close. Made with jaxembed"
+    if record is None or embedder.run is None:
+        return said + ".\n"
+    history = record.history
+    took = f", {duration(history.seconds())} of training" if history.series else ""
+    return f"{said}: trained {start_of(record.config)}, {embedder.run.step:,} steps{took}.\n"
+
+
+def _properties(embedder: "Embedder") -> str:
+    blueprint, head = embedder.blueprint, embedder.blueprint.head
+    backbone = blueprint.backbone
+    count = sum(leaf.size for leaf in jax.tree.leaves(embedder.params))
+    pooling = POOLING[head.pooling] + ("" if head.pool_prompt else ", the prompt's left out")
+    rows = [
+        ("architecture", f"`{blueprint.architecture.model_type}`, {backbone.layers} layers of width {backbone.width}"),
+        ("parameters", f"{count:,}"),
+        ("dimensions of a vector", embedder.width),
+        ("pooling", pooling + (f", then a linear layer to {head.projection}" if head.projection else "")),
+        ("length of a vector", "1" if head.normalize else "not normalised"),
+        ("compared by", blueprint.similarity),
+        ("longest text", f"{blueprint.max_length:,} tokens"),
+    ]
+    prompts = [(f"`{name}`", code(text)) for name, text in blueprint.prompts.items()]
+    default = f", `{blueprint.default_prompt_name}` where none is named" if blueprint.default_prompt_name else ""
+    said = f"Put before a text{default}:\n\n{table(['prompt', 'text'], prompts, left=2)}" if prompts else "None.\n"
+    return f"{table(['', ''], rows, left=2)}\n## Prompts\n\n{said}"
+
+
+def _usage(embedder: "Embedder") -> str:
+    pieces = [
+        ("sentence-transformers", sentence_transformers_code()),
+        ("transformers", transformers_code(embedder.blueprint)),
+        ("JAX", jax_code()),
+    ]
+    return "## Usage\n\n" + "\n".join(f"With {name}:\n\n```python\n{text}```\n" for name, text in pieces)
+
+
+def _evaluation(record: RunRecord) -> str:
+    rows = [row for task in record.history.tasks for row in record.history.scores(task)]
+    if not rows:
+        return "## Evaluation\n\nNot evaluated during training.\n"
+    baseline = any(row.bm25 is not None for row in rows)
+    steps = sorted({row.last_step for row in rows})
+    cells = [
+        (row.task, row.metric, score(row.last), score(row.first), *([score(row.bm25)] if baseline else []))
+        for row in rows
+    ]
+    header = ["task", "metric", "score", f"at step {min(row.first_step for row in rows):,}"]
+    shown = table([*header, *(["BM25"] if baseline else [])], cells, left=2)
+    at = ", ".join(f"{step:,}" for step in steps)
+    return f"## Evaluation\n\nScores out of 100, measured in JAX at step {at}.\n\n{shown}"
+
+
+def _main_scores(record: RunRecord) -> list[Scores]:
+    return [record.history.scores(task)[0] for task in record.history.tasks]
+
+
+def _data(record: RunRecord) -> str:
+    if not record.sources:
+        return "## Training data\n\nNot recorded; its licences are unknown.\n"
+    return f"## Training data\n\n{data_table(record.sources)}{_unknown(record.sources)}"
+
+
+def _unknown(sources: tuple[Source, ...]) -> str:
+    without = sum(not source.licence for source in sources)
+    return f"\nThe licence of {without} of {len(sources)} sources is unknown.\n" if without else ""

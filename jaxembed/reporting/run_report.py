@@ -1,0 +1,70 @@
+"""The report of a run: one page of Markdown beside its curves."""
+
+import json
+
+from jaxembed.reporting import curves
+from jaxembed.reporting.history import History
+from jaxembed.reporting.markdown import (
+    changed_fields,
+    data_table,
+    duration,
+    scores_table,
+    settings_table,
+    start_of,
+    table,
+)
+from jaxembed.reporting.record import RunRecord
+
+
+def report(record: RunRecord) -> str:
+    """Returns the page: no training text is in it.
+
+    Args:
+      record: of the run; its history is not empty.
+    """
+    history = record.history
+    main = [history.scores(task)[0] for task in history.tasks]
+    others = [scores for task in history.tasks for scores in history.scores(task)[1:]]
+    parts = [
+        f"# {record.title}\n",
+        _in_words(record),
+        f"![Curves of the run]({curves.NAME})\n",
+        "## Evaluation\n",
+        scores_table(main) if main else "None during this training.\n",
+        f"<details><summary>All metrics</summary>\n\n{scores_table(others)}\n</details>\n" if others else "",
+        "## Speed\n",
+        _speed_table(history),
+        "## Training data\n",
+        data_table(record.sources) if record.sources else "Not recorded.\n",
+        "## Training\n",
+        settings_table(record),
+        "## Fields that differ from the defaults\n",
+        table(
+            ["field", "value"],
+            ((f"`{key}`", f"`{json.dumps(value)}`") for key, value in changed_fields(record.config)),
+            2,
+        ),
+    ]
+    return "\n".join(filter(None, parts))
+
+
+def _in_words(record: RunRecord) -> str:
+    history = record.history
+    said = f"A `{record.architecture}` encoder, trained {start_of(record.config)}"
+    if "loss" not in history.series:
+        return said + "; no step is logged yet.\n"
+    loss = history.series["loss"].values
+    took = duration(history.seconds())
+    return f"{said}: {history.last_step:,} steps in {took} of training, loss {loss[0]:.4g} → {loss[-1]:.4g}.\n"
+
+
+def _speed_table(history: History) -> str:
+    """Shows each stage's medians, after the first steps."""
+    rows = []
+    for name, part in history.by_stage():
+        if "loss" not in part.series:
+            continue
+        pairs, tokens, waste = (part.typical(key) for key in ("pairs_per_s", "tokens_per_s", "padding_waste"))
+        rows.append((name or "all", f"{pairs:,.0f}", f"{tokens:,.0f}", f"{waste:.1%}", duration(part.seconds())))
+    note = "Medians, the first tenth of the steps left out, in which compilation falls; time without evaluations.\n"
+    return table(["stage", "pairs/s", "tokens/s", "padding waste", "time"], rows) + "\n" + note
