@@ -1,18 +1,33 @@
-# make test      set up .venv and run all tests      make lint    ruff      make bench    the benchmarks (minutes each)
+# make quickstart  set up .venv and train a small code-search model, in minutes       make test   set up .venv, run all tests
+# make bench       the benchmarks (minutes each)                                      make lint   ruff
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-export JAX_PLATFORMS ?= cpu
+RUN := runs/quickstart
 export HF_HUB_OFFLINE ?= 1
+# Tests and benchmarks are about the CPU unless told otherwise; the quickstart takes whatever device jax finds.
+test bench: export JAX_PLATFORMS ?= cpu
 
-.PHONY: setup test lint format bench clean
+.PHONY: quickstart setup test lint format bench clean
+
+quickstart: $(VENV)/.training
+	$(BIN)/python -m jaxembed.train --config=configs/quickstart.py --workdir=$(RUN)
+	@echo
+	@echo "The report, with curves:  $(RUN)/report/README.md"
+	@echo "Use the model:            $(BIN)/python -c 'from jaxembed import Embedder; print(Embedder.load(\"$(RUN)\").encode([\"read a file\"]).shape)'"
+	@echo "Train on your own pairs:  $(BIN)/python -m jaxembed.train --config=configs/quickstart.py --data=pairs.jsonl --workdir=runs/own"
 
 setup: $(VENV)/.installed
 
-$(VENV)/.installed: requirements.txt requirements-test.txt constraints.txt
+# What training needs, and what tests need beside it.
+$(VENV)/.training: requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "jaxembed needs Python 3.11 or newer; set PYTHON=python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -r requirements.txt -c constraints.txt
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.training requirements-test.txt
 	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements-test.txt -c constraints.txt
 	touch $@
 

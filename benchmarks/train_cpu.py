@@ -54,7 +54,7 @@ class OurTrainer:
         c.data.cache_dir = cache_dir
         self.config = config = config_lib.load(c)
         self.mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-        self.blueprint, load = model_source.open_source(config)
+        self.blueprint, load = model_source.open_source(config, pathlib.Path(cache_dir))
         self.data = open_data(config, self.blueprint, self.mesh, {})
         factory = self.blueprint.factory(model_source.options(config.model))
         with jax.set_mesh(self.mesh):

@@ -9,6 +9,7 @@ import pathlib
 import sys
 import traceback
 from collections.abc import Callable
+from logging import LogRecord
 
 from absl import flags, logging
 
@@ -20,12 +21,25 @@ def run(main: Callable[[], None], doc: str) -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)
+    logging.get_absl_handler().addFilter(_is_no_traceback_of_orbax)
+    sys.unraisablehook = _show_unless_of_tensorstore
     try:
         code = _run(main, doc)
     except KeyboardInterrupt:
         code = 130
     sys.stdout.flush()
     sys.exit(code)
+
+
+def _is_no_traceback_of_orbax(record: LogRecord) -> bool:
+    """Leaves out what orbax logs of an error in its threads, which it then raises again in ours."""
+    return not (record.exc_info and "orbax" in record.pathname)
+
+
+def _show_unless_of_tensorstore(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Leaves out what tensorstore's threads say, once per array, of a checkpoint that could not be written."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _run(main: Callable[[], None], doc: str) -> int:
@@ -66,7 +80,9 @@ def _explain(error: Exception) -> str:
         return f"{frames[-1].filename}:{frames[-1].lineno}: {type(error).__name__}: {_message(error)}"
     if isinstance(error, KeyError | AttributeError) and "has no attribute" not in str(error):
         # ml_collections' word on a field that the config does not have, quoted once or twice.
-        return "no such field: " + str(error).strip("'\"").replace("\\n", ". ").replace("\\'", "'")
+        said = str(error).strip("'\"").replace("\\n", ". ").replace("\\'", "'")
+        listed = any(argument.startswith(("--config.stages[", "--config.data.train[")) for argument in sys.argv)
+        return f"no such field: {said}" + "; of a stage or source, flags set what the config file sets" * listed
     if isinstance(error, IndexError):
         return "index out of range; add a source in the config file, or by --data"
     return _message(error)

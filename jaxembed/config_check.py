@@ -3,16 +3,36 @@
 import math
 import re
 
-from jaxembed.config import Config
+from jaxembed.config import Config, SourceConfig
+from jaxembed.data.sources import DATA_SETS
 from jaxembed.errors import UserError
 
 MAX_LENGTH = 65_535  # lengths are kept as uint16
+TRAINED = "train:"  # begins a tokenizer that is made from the training texts
+MIN_VOCABULARY = 256 + 5  # bytes and special tokens
 
 
 def check(config: Config) -> None:
     """Raises UserError with one line for the first rule that the config breaks."""
     for rule in (_length_of_run, _positive_numbers, _data, _model, _loss, _optimizer, _mesh, _evaluation):
         rule(config)
+
+
+def trained_vocabulary(tokenizer: str) -> int:
+    """Returns the size of the vocabulary that 'train:bpe:SIZE' asks for.
+
+    Raises:
+      UserError: another kind of tokenizer, or no size that a vocabulary can have.
+    """
+    match = re.fullmatch(rf"{TRAINED}bpe:(\d+)", tokenizer)
+    wanted = f"wants '{TRAINED}bpe:SIZE', such as '{TRAINED}bpe:8192'"
+    _require(match is not None, f"config.tokenizer = {tokenizer!r}: {wanted}")
+    size = int(match[1])
+    _require(
+        size >= MIN_VOCABULARY,
+        f"config.tokenizer = {tokenizer!r}: at least {MIN_VOCABULARY} tokens: 256 bytes and 5 special tokens",
+    )
+    return size
 
 
 def _require(holds: bool, message: str) -> None:
@@ -62,7 +82,7 @@ def _data(c: Config) -> None:
     _require(len(c.data.train) > 0, "config.data.train is empty: name a source there or with --data=FILE")
     for i, source in enumerate(c.data.train):
         where = f"config.data.train[{i}]"
-        _require(bool(source.path), f"{where}.path is empty: set it, or give the training pairs with --data=FILE")
+        _place(source, where)
         _require(0 < source.weight < math.inf, f"{where}.weight = {source.weight:g}: must be above 0, and finite")
         _require(
             source.in_batch or c.data.negatives > 0,
@@ -82,6 +102,28 @@ def _data(c: Config) -> None:
         )
 
 
+def _place(s: SourceConfig, where: str) -> None:
+    """A source is either files, or a prepared data set's folder, or a data set's name."""
+    is_set = s.source in DATA_SETS
+    _require(not (s.name and s.path), f"{where}: path = {s.path!r} and name = {s.name!r}: set one of them")
+    _require(is_set or not s.name, f"{where}.name = {s.name!r}: also set {where}.source, to 'tfds' or 'hf'")
+    _require(not is_set or bool(s.name or s.path), f"{where}.name and .path are empty: set one of them")
+    _require(bool(s.name or s.path), f"{where}.path is empty: set it, or give the training pairs with --data=FILE")
+    _require(bool(s.split), f"{where}.split is empty: name one, such as 'train' or 'train[:10%]'")
+    _require(
+        is_set or s.split == SourceConfig.split,
+        f"{where}.split = {s.split!r}: files have no splits; those of data sets do, {where}.source = 'tfds' or 'hf'",
+    )
+    _require(
+        not s.subset or (bool(s.name) and s.source == "hf"),
+        f"{where}.subset = {s.subset!r} is for a name with {where}.source = 'hf' (for 'tfds', set name to NAME/CONFIG)",
+    )
+    _require(
+        not s.data_dir or (bool(s.name) and s.source == "tfds"),
+        f"{where}.data_dir = {s.data_dir!r} is for a name with {where}.source = 'tfds'",
+    )
+
+
 def _model(c: Config) -> None:
     m = c.model
     kinds = ("hf:", "run:")
@@ -93,7 +135,15 @@ def _model(c: Config) -> None:
     if m.init == "scratch":
         _require(m.arch != "auto", "config.model.arch: name the architecture (bert, roberta …) when init is 'scratch'")
         _require(
-            c.tokenizer != "auto", "config.tokenizer: name one ('hf:FOLDER' or 'file:PATH') when init is 'scratch'"
+            c.tokenizer != "auto",
+            "config.tokenizer: name one ('hf:FOLDER', 'file:PATH' or 'train:bpe:SIZE') when init is 'scratch'",
+        )
+    if c.tokenizer.startswith(TRAINED):
+        trained_vocabulary(c.tokenizer)
+        _require(
+            m.init == "scratch",
+            f"config.tokenizer = {c.tokenizer!r}: the weights of {m.init} know the tokens of their own tokenizer only; "
+            "leave it 'auto', or set config.model.init = 'scratch'",
         )
     for name, value in (("dropout", m.dropout), ("attention_dropout", m.attention_dropout)):
         _require(0 <= value < 1, f"config.model.{name} = {value:g}: must be in [0, 1)")

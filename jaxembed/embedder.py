@@ -3,11 +3,12 @@
 import dataclasses
 import pathlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
-from jaxembed import model_source, sharding
+from jaxembed import model_source, sharding, similarity
 from jaxembed.checkpoint import FOLDER as CHECKPOINTS
 from jaxembed.checkpoint import find, split
 from jaxembed.config import AUTO, MeshConfig
@@ -22,9 +23,6 @@ from jaxembed.run_folder import RunStep
 from jaxembed.sharding import ROWS, batch_shards, put
 
 WINDOW = 65_536  # texts tokenised and packed together
-# Names that sentence-transformers looks for in the prompts, in its order.
-QUERY_PROMPTS = ("query",)
-DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 
 
 class Embedder:
@@ -98,39 +96,48 @@ class Embedder:
         """E, the number of dimensions of a vector."""
         return self.blueprint.head.projection or self.blueprint.backbone.width
 
+    @property
+    def prompts(self) -> dict[str, str]:
+        """The model's prompts by name. As in sentence-transformers every model has 'query' and 'document', maybe ''."""
+        return {"query": "", "document": "", **self.blueprint.prompts}
+
     def encode(
         self,
         texts: str | Sequence[str],
-        prompt_name: str = "",
-        prompt: str = "",
+        prompt_name: str | None = None,
+        prompt: str | None = None,
         batch_size: int = 0,
-        show_progress_bar: bool = False,
-        truncate_dim: int = 0,
+        show_progress_bar: bool | None = None,
+        truncate_dim: int | None = None,
         normalize_embeddings: bool = False,
     ) -> np.ndarray:
         """Encodes texts.
 
         Args:
           texts: any strings; a single string gives a single vector [E].
-          prompt_name: a name in the model's prompts, whose text is put before each text.
-          prompt: that text itself; wins over the name.
+          prompt_name: a name in `prompts`, whose text is put before each text; None = the model's default prompt, where
+            it has one.
+          prompt: that text itself; wins over the name. '' = no prompt.
           batch_size: texts per device batch, about; 0 = as many as fill a fixed number of tokens.
-          show_progress_bar: on standard error.
-          truncate_dim: keep the first dimensions only (of a Matryoshka model); 0 = all.
+          show_progress_bar: on standard error; None = no.
+          truncate_dim: keep the first dimensions only (of a Matryoshka model); None = as the model says, else all.
           normalize_embeddings: bring vectors to length 1, after truncating.
 
         Returns:
           float32 [n, E], in the order given.
 
         Raises:
-          UserError: no prompt of that name.
+          UserError: no prompt of that name, or a number that cannot be.
         """
         from rich.console import Console
         from rich.progress import Progress
 
+        if batch_size < 0 or (truncate_dim is not None and truncate_dim < 1):
+            raise UserError(f"batch_size={batch_size}, truncate_dim={truncate_dim}: wants 0 or more, and 1 or more")
         single = isinstance(texts, str)
         texts = [texts] if single else list(texts)
-        prompt = prompt or self._prompt(prompt_name or self.blueprint.default_prompt_name)
+        if prompt is None:
+            prompt = self._prompt(self.blueprint.default_prompt_name if prompt_name is None else prompt_name)
         vectors = np.zeros((len(texts), self.width), np.float32)
         with Progress(console=Console(stderr=True), transient=True, disable=not show_progress_bar) as progress:
             task = progress.add_task("encoding", total=len(texts))
@@ -138,30 +145,32 @@ class Embedder:
                 window = vectors[first : first + WINDOW]
                 for n_done in self._encode_window(texts[first : first + WINDOW], prompt, batch_size, window):
                     progress.advance(task, n_done)
-        width = truncate_dim or self.blueprint.truncate_dim
+        width = self.blueprint.truncate_dim if truncate_dim is None else truncate_dim
         vectors = vectors[:, :width] if width else vectors
         if normalize_embeddings:
-            vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+            vectors = similarity.unit(vectors)
         return vectors[0] if single else vectors
 
-    def encode_query(self, texts: str | Sequence[str], **kwargs: object) -> np.ndarray:
-        """Encodes with the prompt for queries, if the model has one; arguments as for `encode`."""
-        return self._encode_with(QUERY_PROMPTS, texts, kwargs)
+    def encode_query(self, texts: str | Sequence[str], **kwargs: Any) -> np.ndarray:
+        """Encodes with the prompt 'query', unless another is asked for; arguments as for `encode`."""
+        return self._encode_as("query", texts, kwargs)
 
-    def encode_document(self, texts: str | Sequence[str], **kwargs: object) -> np.ndarray:
-        """Encodes with the prompt for documents, if the model has one; arguments as for `encode`."""
-        return self._encode_with(DOCUMENT_PROMPTS, texts, kwargs)
+    def encode_document(self, texts: str | Sequence[str], **kwargs: Any) -> np.ndarray:
+        """Encodes with the prompt 'document', unless another is asked for; arguments as for `encode`.
+
+        A prompt of the name 'passage' or 'corpus' is only used where it is asked for, as in sentence-transformers.
+        """
+        return self._encode_as("document", texts, kwargs)
 
     def similarity(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Compares all of a [n, E] with all of b [m, E], as the model is meant to: float32 [n, m], higher = nearer."""
         a, b = (np.atleast_2d(np.asarray(x, np.float32)) for x in (a, b))
-        kind = self.blueprint.similarity
-        if kind == "cosine":
-            a, b = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (a, b))
-        if kind in ("cosine", "dot"):
-            return a @ b.T
-        order = 1 if kind == "manhattan" else 2
-        return -np.stack([np.linalg.norm(row - b, ord=order, axis=1) for row in a])
+        return similarity.all_pairs(a, b, self.blueprint.similarity)
+
+    def similarity_pairwise(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Compares each of a [n, E] with its partner in b [n, E], as the model is meant to: float32 [n]."""
+        a, b = (np.atleast_2d(np.asarray(x, np.float32)) for x in (a, b))
+        return similarity.pairwise(a, b, self.blueprint.similarity).astype(np.float32)
 
     def save(self, folder: str | pathlib.Path) -> None:
         """Writes a folder that sentence-transformers opens."""
@@ -169,16 +178,14 @@ class Embedder:
 
         export_model(self, pathlib.Path(folder))
 
-    def _encode_with(self, names: tuple[str, ...], texts: str | Sequence[str], kwargs: dict) -> np.ndarray:
-        prompts = self.blueprint.prompts
-        found = next((name for name in names if name in prompts), "")
-        return self.encode(texts, **{"prompt_name": found, **kwargs})
+    def _encode_as(self, prompt_name: str, texts: str | Sequence[str], kwargs: dict[str, Any]) -> np.ndarray:
+        asked = any(kwargs.get(name) is not None for name in ("prompt", "prompt_name"))
+        return self.encode(texts, **(kwargs if asked else kwargs | {"prompt_name": prompt_name}))
 
     def _prompt(self, name: str) -> str:
-        prompts = self.blueprint.prompts
-        if name and name not in prompts:
-            raise UserError(f"prompt_name={name!r}: the model's prompts are {', '.join(prompts) or 'none'}")
-        return prompts.get(name, "")
+        if name and name not in self.prompts:
+            raise UserError(f"prompt_name={name!r}: the model's prompts are {', '.join(self.prompts)}")
+        return self.prompts.get(name, "")
 
     def _encode_window(self, texts: list[str], prompt: str, batch_size: int, out: np.ndarray) -> Iterator[int]:
         """Fills `out` [n, E] with the texts' vectors; yields how many are done with each device batch."""

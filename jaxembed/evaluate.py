@@ -1,51 +1,81 @@
-"""Score a model on similarity, retrieval and classification sets.
+"""Score a model on similarity, retrieval and classification sets, or on tasks of MTEB.
 
     python -m jaxembed.evaluate --model=FOLDER --sts=stsb-dev.jsonl.gz --retrieval=scifact --bm25
+    python -m jaxembed.evaluate --model=FOLDER --mteb=STS12,NFCorpus
 
 --model takes a run's folder (RUN, RUN@STEP, RUN@best), a sentence-transformers or transformers folder, or the name of a
-model on the hub. --sts: files of sentence1, sentence2, score. --retrieval: BEIR folders. --pairs: training records that
-were held out, whose queries are to find their positives. Several are given by commas. Prints a table for each kind, and
-one JSON line last.
+model on the hub. Several sets or tasks are given by commas. Prints a table for each kind, and one JSON line last.
+
+  --sts             files of sentence1, sentence2, score
+  --retrieval       BEIR folders: corpus.jsonl, queries.jsonl, qrels.tsv
+  --pairs           training records that were held out, whose queries are to find their positives: files, folders,
+                    globs, tfds:NAME:SPLIT, hf:NAME:SPLIT
+  --classification  TRAIN_FILE:TEST_FILE of text, label; or folders of train.jsonl and test.jsonl
+  --bm25            score BM25 too, on the retrieval and pairs sets
+  --mteb            names of tasks, or FILE.py:ClassName for one of your own; results go to --mteb_out
 """
 
 import json
+import pathlib
 
 from absl import flags
 
 from jaxembed import cli
 from jaxembed.config import EvalConfig
 from jaxembed.errors import UserError
+from jaxembed.evaluation.mteb_tasks import MtebScore, model_name, open_tasks, require_mteb, run_tasks
+from jaxembed.evaluation.sets import require_sets
 
-SETS = ("sts", "retrieval", "pairs")  # flags that are fields of EvalConfig
+SETS = ("sts", "retrieval", "pairs", "classification")  # flags that are fields of EvalConfig
 
 
 def main() -> None:
     """Runs the command."""
-    model, asked = flags.FLAGS.model, {name: tuple(flags.FLAGS[name].value) for name in SETS}
-    if not model:
-        raise UserError("--model is missing: name a run's folder or an exported one")
-    if not any(asked.values()):
-        raise UserError(f"nothing to evaluate on: give {' or '.join(f'--{name}' for name in SETS)}")
-    if flags.FLAGS.bm25 and not asked["retrieval"] + asked["pairs"]:
-        raise UserError("--bm25 searches the sets of --retrieval and --pairs: give one")
+    flag = flags.FLAGS
+    sets = EvalConfig(**{kind: tuple(flag[kind].value) for kind in SETS}, bm25=flag.bm25)
+    _require_flags(sets)
     from rich.console import Console
 
     from jaxembed.embedder import Embedder
-    from jaxembed.evaluation.report import flat_scores, scores_tables
+    from jaxembed.evaluation.report import flat_scores, mteb_table, scores_tables
     from jaxembed.evaluation.tasks import Tasks
 
-    tasks = Tasks.read(EvalConfig(**asked, bm25=flags.FLAGS.bm25))
-    embedder = Embedder.load(model, dtype=flags.FLAGS.dtype)
+    tasks, mteb_tasks = Tasks.read(sets), open_tasks(flag.mteb) if flag.mteb else []
+    embedder = Embedder.load(flag.model, dtype=flag.dtype)
     results, baselines = tasks.evaluate(embedder, show_progress_bar=True), tasks.baselines()
-    Console().print(*scores_tables(results, baselines))
-    print(json.dumps({"model": model, **flat_scores(results | baselines)}))
+    scores, failures = [], []
+    if mteb_tasks:
+        for outcome in run_tasks(embedder, model_name(flag.model), mteb_tasks, pathlib.Path(flag.mteb_out)):
+            (scores if isinstance(outcome, MtebScore) else failures).append(outcome)
+    Console().print(*scores_tables(results, baselines), *([mteb_table(scores)] if scores else []))
+    mteb_scores = {f"eval/mteb/{score.task}": score.score for score in scores}
+    print(json.dumps({"model": flag.model, **flat_scores(results | baselines), **mteb_scores}))
+    if failures:
+        raise UserError("; ".join(map(str, failures)))
+
+
+def _require_flags(sets: EvalConfig) -> None:
+    """Refuses at once what needs no look into the files."""
+    flag = flags.FLAGS
+    if not flag.model:
+        raise UserError("--model is missing: name a run's folder or an exported one")
+    if not flag.mteb and not any(getattr(sets, kind) for kind in SETS):
+        raise UserError(f"nothing to evaluate on: give --{', --'.join(SETS)} or --mteb")
+    if sets.bm25 and not sets.retrieval + sets.pairs:
+        raise UserError("--bm25 searches the sets of --retrieval and --pairs: give one")
+    require_sets(sets, "--")
+    if flag.mteb:
+        require_mteb(flag.mteb)
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("model", "", "The model: a run, a folder, or a name on the hub.")
-    flags.DEFINE_list("sts", [], "Similarity sets: files of sentence1, sentence2, score.")
-    flags.DEFINE_list("retrieval", [], "Retrieval sets: BEIR folders.")
-    flags.DEFINE_list("pairs", [], "Records to find each other: files, folders, tfds:NAME:SPLIT or hf:NAME:SPLIT.")
-    flags.DEFINE_bool("bm25", False, "Score BM25 too, on the retrieval and pairs sets.")
+    flags.DEFINE_list("sts", [], "Similarity sets.")
+    flags.DEFINE_list("retrieval", [], "Retrieval sets.")
+    flags.DEFINE_list("pairs", [], "Sets of records.")
+    flags.DEFINE_list("classification", [], "Classification sets.")
+    flags.DEFINE_bool("bm25", False, "Score BM25 too.")
+    flags.DEFINE_list("mteb", [], "Tasks of MTEB.")
+    flags.DEFINE_string("mteb_out", "mteb_results", "Folder for MTEB's results, in its own layout.")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation.")
     cli.run(main, __doc__)

@@ -1,8 +1,12 @@
 """Where metrics go beside metrics.jsonl: TensorBoard and Weights & Biases."""
 
+import contextlib
 import importlib.util
 import json
 import pathlib
+import sys
+import time
+from collections.abc import Iterator
 from typing import Any
 
 from jaxembed import config as config_lib
@@ -58,28 +62,54 @@ def open_loggers(
     return tuple(kinds[name](config, workdir, resumed_at) for name in config.log_to) if active else ()
 
 
+@contextlib.contextmanager
+def _without(package: str) -> Iterator[None]:
+    """Lets imports of a package fail that was not imported before."""
+    hidden = package not in sys.modules
+    if hidden:
+        sys.modules[package] = None
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules[package]
+
+
 class TensorBoard:
-    """Writes scalars to WORKDIR/tensorboard."""
+    """Writes scalars to WORKDIR/tensorboard.
+
+    Through tensorboardX's writer of files: its SummaryWriter leaves the writing to a thread, so that a killed run would
+    lack points from before its checkpoint.
+    """
 
     def __init__(self, config: Config, workdir: pathlib.Path, resumed_at: int | None) -> None:
-        """Opens a file of events, before which TensorBoard forgets all later than `resumed_at`."""
-        from tensorboardX import SummaryWriter
+        """Opens a file of events, at which TensorBoard forgets those of other files that come after `resumed_at`."""
+        with _without("torch"):  # which tensorboardX imports where it can, for seconds, though scalars do not need it
+            from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+        folder = workdir / TENSORBOARD
+        folder.mkdir(exist_ok=True)
+        self._writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
         first = 0 if resumed_at is None else resumed_at + 1
-        self._writer = SummaryWriter(str(workdir / TENSORBOARD), purge_step=first)
+        self._write(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, line: dict[str, Any]) -> None:
         """Writes a line's numbers."""
-        for name, value in scalars(line).items():
-            self._writer.add_scalar(name, value, line["step"])
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
 
-    def sync(self) -> None:
-        """Hands what was written to the file."""
-        self._writer.flush()
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars(line).items()]
+        self._write(Event(step=line["step"], summary=Summary(value=values)))
 
     def close(self) -> None:
         """Closes the file."""
         self._writer.close()
+
+    def _write(self, event: Any) -> None:
+        event.wall_time = time.time()
+        self._writer.write_event(event)
+        self._writer.flush()
 
 
 class Wandb:
@@ -112,9 +142,6 @@ class Wandb:
         """Sends a line; one that was sent before the run was killed is not sent again."""
         if line["step"] >= self._run.starting_step:
             self._run.log(scalars(line), step=line["step"])
-
-    def sync(self) -> None:
-        """Does nothing: what was sent is on its way."""
 
     def close(self) -> None:
         """Sends the rest and ends the run."""

@@ -15,8 +15,6 @@ class Logger(Protocol):
 
     def write(self, line: dict[str, Any]) -> None: ...
 
-    def sync(self) -> None: ...
-
     def close(self) -> None: ...
 
 
@@ -67,8 +65,6 @@ class MetricsWriter:
         """Makes sure that the lines are on disk, before a checkpoint of their step is."""
         if self._file:
             os.fsync(self._file.fileno())
-        for logger in self._loggers:
-            logger.sync()
 
     def close(self) -> None:
         """Closes the file and the loggers."""

@@ -15,7 +15,9 @@ import numpy as np
 
 from jaxembed import checkpoint, run_folder
 from jaxembed.config import AUTO, Config, ModelConfig
+from jaxembed.config_check import TRAINED
 from jaxembed.data.tokenizer import Tokenizer
+from jaxembed.data.tokenizer_training import train_for
 from jaxembed.errors import UserError
 from jaxembed.hf.architectures import Architecture, architecture
 from jaxembed.hf.folder import Folder, read_folder
@@ -108,8 +110,12 @@ def options(model: ModelConfig) -> ModelOptions:
 def open_source(c: Config, workdir: pathlib.Path) -> tuple[Blueprint, Loader]:
     """Finds the model that the config starts from, with the head that the config wants.
 
+    Args:
+      c: the run's.
+      workdir: the run's folder. A tokenizer that was trained for this run before is taken from there.
+
     Raises:
-      UserError: a folder, run or architecture that does not serve.
+      UserError: a folder, run or architecture that does not serve; bad texts, where a tokenizer is made of them.
     """
     kind, _, where = c.model.init.partition(":")
     if kind == "hf":
@@ -117,7 +123,7 @@ def open_source(c: Config, workdir: pathlib.Path) -> tuple[Blueprint, Loader]:
     elif kind == "run":
         blueprint, load = open_run(where)
     else:
-        blueprint, load = _scratch(c)
+        blueprint, load = _scratch(c, workdir)
     return _adapted(blueprint, c), load
 
 
@@ -179,9 +185,9 @@ def _completed(params: Params, factory: ModelFactory) -> Params:
     return params
 
 
-def _scratch(c: Config) -> tuple[Blueprint, Loader]:
+def _scratch(c: Config, workdir: pathlib.Path) -> tuple[Blueprint, Loader]:
     arch = architecture(c.model.arch)
-    tokenizer = Tokenizer.load(_tokenizer_spec(c.tokenizer))
+    tokenizer = _tokenizer(c, workdir)
     shape = dict(c.model.shape)
     hf_config = arch.fresh_hf_config(shape, tokenizer, "config.model.shape")
     longest = arch.config_from_hf(hf_config).max_length
@@ -205,7 +211,7 @@ def _adapted(blueprint: Blueprint, c: Config) -> Blueprint:
     if m.projection and head.projection and m.projection != head.projection:
         raise UserError(f"config.model.projection = {m.projection}, but {m.init} has one of width {head.projection}")
     tokenizer = blueprint.tokenizer
-    if c.tokenizer != AUTO:
+    if c.tokenizer != AUTO and m.init != "scratch":
         tokenizer = Tokenizer.load(_tokenizer_spec(c.tokenizer))
         _require_fitting(tokenizer, blueprint, f"config.tokenizer = {c.tokenizer}")
     head = HeadConfig(
@@ -231,6 +237,15 @@ def _require_fitting(tokenizer: Tokenizer, blueprint: Blueprint, what: str) -> N
     size = blueprint.backbone.vocab_size
     if tokenizer.vocab_size > size:
         raise UserError(f"{what} has {tokenizer.vocab_size} tokens, but the model's table only {size}")
+
+
+def _tokenizer(c: Config, workdir: pathlib.Path) -> Tokenizer:
+    """Returns the tokenizer of a model from scratch: loaded, trained before for this run, or trained now."""
+    if not c.tokenizer.startswith(TRAINED):
+        return Tokenizer.load(_tokenizer_spec(c.tokenizer))
+    if (workdir / FOLDER / "blueprint.json").is_file():  # written last
+        return Tokenizer.load(f"hf:{workdir / FOLDER}")
+    return train_for(c)
 
 
 def _tokenizer_spec(spec: str) -> str:

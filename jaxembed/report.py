@@ -36,12 +36,7 @@ def write_report(workdir: pathlib.Path) -> None:
     record = RunRecord.read(workdir)
     if not record.history.series:
         raise UserError(f"{workdir}: no metrics in it yet, so nothing to report")
-    try:
-        picture = curves.draw(record.history, record.title)
-    except UserError:
-        raise
-    except Exception as error:  # whatever a drawing library may raise is not worth a training run
-        raise UserError(f"{workdir}: its curves cannot be drawn: {error!r}") from error
+    picture = curves.draw(record.history, record.title)
     folder = workdir / FOLDER
     folder.mkdir(exist_ok=True)
     for name, content in ((curves.NAME, picture), ("README.md", report(record).encode())):

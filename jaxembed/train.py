@@ -3,6 +3,7 @@
     python -m jaxembed.train --config=configs/finetune_pairs.py --config.model.init=hf:FOLDER \\
         --data=pairs.jsonl.gz --workdir=runs/first
 
+--data takes files, folders, globs (in quotes) and data sets (tfds:NAME:SPLIT, hf:NAME:SPLIT), with commas in between.
 Any field of the config can be set by a flag: --config.optimizer.learning_rate=1e-5, or in quotes for shells that read
 brackets: '--config.data.train[0].path=pairs.jsonl'. Started again with the same --workdir, a run goes on where it was.
 """
@@ -15,8 +16,11 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from jaxembed import cli, config
+from jaxembed.data.sources import check_place, parse_spec
 from jaxembed.errors import UserError
 from jaxembed.host_memory import keep_freed_memory
+from jaxembed.loggers import require_packages
+from jaxembed.stages import stages_of
 
 
 def read_flags() -> tuple[config.Config, pathlib.Path]:
@@ -31,11 +35,30 @@ def read_flags() -> tuple[config.Config, pathlib.Path]:
         raise UserError("--workdir is missing: name the run's folder")
     asked = _config_dict(flags.FLAGS.config)
     if flags.FLAGS.data:
-        first = asked.data.train[0].to_dict() if len(asked.data.train) else {}
-        # Settings of the file's first source hold for the files named here.
+        for i, changes in enumerate(asked.stages):
+            if "train" in changes.get("data", {}):
+                raise UserError(f"--data: config.stages[{i}] has data of its own: set its data.train[0].path")
+        first = dict(asked.data.train[0]) if len(asked.data.train) else {}
         asked = asked.to_dict()
-        asked["data"]["train"] = tuple(first | {"path": path, "source": "auto"} for path in flags.FLAGS.data)
+        asked["data"]["train"] = tuple(source_of(first, spec) for spec in flags.FLAGS.data)
     return config.load(asked), pathlib.Path(flags.FLAGS.workdir)
+
+
+def source_of(first: dict[str, Any], spec: str) -> dict[str, Any]:
+    """Returns a source of --data: what the data are comes from there, how they are read from the config's first.
+
+    Args:
+      first: fields of the config's first source.
+      spec: one of --data's.
+
+    Raises:
+      UserError: a shorthand without a name.
+    """
+    place = parse_spec(spec)
+    own = {"path", "name", "subset", "split", "data_dir", "source", "licence"}
+    if place["source"] == "tfds" and "name" in place:
+        own.remove("data_dir")  # where the data sets of this machine are
+    return {field: value for field, value in first.items() if field not in own} | place
 
 
 def _config_dict(asked: Any) -> ConfigDict:
@@ -51,7 +74,8 @@ def _config_dict(asked: Any) -> ConfigDict:
 def main() -> None:
     """Runs the command."""
     resolved, workdir = read_flags()
-    _require_files(resolved)
+    require_files(resolved)
+    require_packages(resolved.log_to)
     keep_freed_memory()
     from jaxembed.trainer import train  # jax and all that: only once the config is known to be right
 
@@ -59,11 +83,23 @@ def main() -> None:
     print(json.dumps({"workdir": str(workdir), **last}))
 
 
-def _require_files(resolved: config.Config) -> None:
-    """Refuses missing files at once, before heavy imports."""
-    named = [(f"config.data.train[{i}].path", source.path) for i, source in enumerate(resolved.data.train)]
-    named += [("config.eval.sts", path) for path in resolved.eval.sts]
+def require_files(resolved: config.Config) -> None:
+    """Refuses missing files at once, before heavy imports.
+
+    Raises:
+      UserError: a path of the config, or one in its stages, leads nowhere.
+    """
+    for i, stage in enumerate(stages_of(resolved)):
+        own = stage.config.data.train != resolved.data.train
+        for j, source in enumerate(stage.config.data.train):
+            check_place(source, f"config.{f'stages[{i}].' * own}data.train[{j}].path")
+    for spec in resolved.eval.pairs:
+        check_place(config.SourceConfig(**parse_spec(spec)), "config.eval.pairs")
+    named = [("config.eval.sts", path) for path in resolved.eval.sts]
     named += [("config.eval.retrieval", path) for path in resolved.eval.retrieval]
+    for spec in resolved.eval.classification:
+        files = (spec,) if pathlib.Path(spec).expanduser().is_dir() else spec.split(":")
+        named += [("config.eval.classification", file) for file in files]
     for field, path in named:
         if not pathlib.Path(path).expanduser().exists():
             raise UserError(f"{field}: no such file or folder: {path}")
@@ -72,5 +108,5 @@ def _require_files(resolved: config.Config) -> None:
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "The config file, as PATH or PATH:ARG (such as :tiny).")
     flags.DEFINE_string("workdir", "", "The run's folder: metrics, checkpoints, export.")
-    flags.DEFINE_list("data", [], "Files of training pairs, instead of those that the config names.")
+    flags.DEFINE_list("data", [], "Training pairs instead of the config's: files, folders, globs, tfds:NAME, hf:NAME.")
     cli.run(main, __doc__)

@@ -25,6 +25,8 @@ from jaxembed.models.text_encoder import Params
 from jaxembed.optimizer import make_optimizer
 from jaxembed.preemption import StopSignal
 from jaxembed.progress import Progress
+from jaxembed.report import write_report
+from jaxembed.reporting.summary import summary
 from jaxembed.stages import stages_of
 from jaxembed.step import TrainState, init_state, loss_params, make_step
 from jaxembed.training_data import open_data
@@ -66,7 +68,7 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         loggers = open_loggers(config, workdir, start, main_process)
         writer = stack.enter_context(MetricsWriter(workdir, start, main_process, loggers))
         stack.enter_context(jax.set_mesh(mesh))
-        with Progress(steps, config.batch_size, active=main_process) as progress:
+        with Progress(steps, start or 0, active=main_process) as progress:
             if start is not None:
                 done = f"{start} of {steps} steps are done"
                 progress.say(f"{done}: going on" if start < steps else f"{done}: nothing left to train")
@@ -74,8 +76,20 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
             state, step = _walk(run, stages, load, start, meta.get("stage", 0))
         checkpoints.close()
         if config.export and step == steps:
-            Embedder(blueprint, stages[-1].factory, state.served, mesh).save(workdir / "export")
+            run_step = run_folder.RunStep(workdir, step)
+            Embedder(blueprint, stages[-1].factory, state.served, mesh, run_step).save(workdir / "export")
+        if main_process:
+            _report(workdir, progress)
     return next(reversed(read_metrics(workdir)), {})
+
+
+def _report(workdir: pathlib.Path, progress: Progress) -> None:
+    """Writes the run's report and shows its summary; a picture that cannot be drawn ends no training."""
+    try:
+        write_report(workdir)
+        progress.console.print(summary(workdir))
+    except (UserError, OSError) as error:
+        progress.say(f"no report: {error}")
 
 
 def _open_stages(

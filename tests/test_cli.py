@@ -43,7 +43,7 @@ def assert_refused(result: subprocess.CompletedProcess, message: str) -> None:
     assert not result.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "export", "evaluate"])
+@pytest.mark.parametrize("command", ["train", "export", "evaluate", "report"])
 def test_help(command):
     result = python("-m", f"jaxembed.{command}", "--help")
     assert result.returncode == 0 and not result.stderr
@@ -128,7 +128,9 @@ def test_mistakes_with_export(folder, arguments, message):
 
 
 def test_what_answers_at_once_imports_nothing_heavy():
-    code = "import sys, jaxembed.cli, jaxembed.train, jaxembed.export, jaxembed.config_check; print(*sys.modules)"
+    modules = ", ".join(f"jaxembed.{name}" for name in ("cli", "train", "export", "report", "config_check"))
+    code = f"import sys, {modules}; print(*sys.modules)"
     result = python("-c", code)
     assert result.returncode == 0, result.stderr
-    assert not {"jax", "flax", "optax", "orbax", "torch", "transformers", "tokenizers"} & set(result.stdout.split())
+    heavy = {"jax", "flax", "optax", "orbax", "torch", "transformers", "tokenizers"}
+    assert not (heavy | {"tensorflow_datasets", "datasets", "pyarrow"}) & set(result.stdout.split())

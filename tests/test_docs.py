@@ -4,6 +4,7 @@ import pathlib
 import re
 
 import pytest
+
 from docs.make_config import PAGE, page
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

@@ -20,7 +20,7 @@ TOLERANCE = 1e-6
 
 def make(folder, mesh=None, **changes):
     """A random tiny model, as a run would make it."""
-    blueprint, load = model_source.open_source(tiny_config(folder, **changes))
+    blueprint, load = model_source.open_source(tiny_config(folder, **changes), folder)
     factory = blueprint.factory(model_source.options(tiny_config(folder, **changes).model))
     mesh = mesh or sharding.make_mesh(MeshConfig())
     with jax.set_mesh(mesh):

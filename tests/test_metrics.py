@@ -73,3 +73,24 @@ def test_only_the_main_process_writes(tmp_path):
     writer.sync()
     writer.close()
     assert not list(tmp_path.iterdir()) and read_metrics(tmp_path) == []
+
+
+class Recorder:
+    """A logger that keeps what it is told."""
+
+    def __init__(self):
+        self.told = []
+
+    def write(self, line):
+        self.told.append(line)
+
+    def close(self):
+        self.told.append("close")
+
+
+def test_loggers_get_the_same_plain_lines_and_are_closed(tmp_path):
+    recorder = Recorder()
+    with MetricsWriter(tmp_path, None, True, (recorder,)) as writer:
+        writer.write({"step": 1, "loss": jnp.float32(0.5), "bad": float("nan")})
+    assert recorder.told == [{"step": 1, "loss": 0.5, "bad": None}, "close"]
+    assert read_metrics(tmp_path) == recorder.told[:1]

@@ -1,6 +1,6 @@
 """Stages: what they may change, and that a run of stages is the same as runs one after the other."""
 
-import os
+import json
 import pathlib
 import shutil
 
@@ -9,6 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file
+from test_cli import assert_refused, python
 from tiny_run import tiny_config, write_pairs, write_records
 
 from jaxembed import config as config_lib
@@ -49,7 +50,14 @@ def stages(folder):
 
 def small(folder, **changes):
     source = {"path": str(folder / "pairs.jsonl")}
-    same = {"steps": 0, "batch_size": 16, "checkpoint__every": 3, "optimizer__ema": 0.5, "data__train": (source,)}
+    same = {
+        "steps": 0,
+        "batch_size": 16,
+        "log_to": (),
+        "checkpoint__every": 3,
+        "optimizer__ema": 0.5,
+        "data__train": (source,),
+    }
     return tiny_config(folder, **same | changes)
 
 
@@ -85,8 +93,6 @@ def test_lines_go_on_from_stage_to_stage(unbroken):
 
 
 def test_what_each_stage_learned_from_is_written_down(unbroken):
-    import json
-
     weak, hard = json.loads((unbroken / DATA).read_text())
     assert (weak["stage"], weak["source"], weak["records"], weak["licence"]) == ("weak", "pairs.jsonl", 60, "")
     assert (hard["stage"], hard["source"], hard["records"], hard["licence"]) == ("hard", "hard.jsonl", 60, "CC0-1.0")
@@ -192,9 +198,9 @@ def test_stages_that_cannot_be(folder, stage, message):
         small(folder, stages=(WEAK, stage))
 
 
-def test_files_of_every_stage_are_looked_for_at_once(folder, tmp_path):
-    from test_cli import assert_refused, python
-
+@pytest.fixture
+def config_file(folder, tmp_path):
+    """Two stages, the second with a file that is not there."""
     file = tmp_path / "config.py"
     file.write_text(
         "from jaxembed.config import default_config\n\n\ndef get_config(arg=None):\n"
@@ -203,6 +209,23 @@ def test_files_of_every_stage_are_looked_for_at_once(folder, tmp_path):
         "    c.stages = ({'steps': 2, 'data': {'train': (good,)}}, {'steps': 2, 'data': {'train': (bad,)}})\n"
         "    return c\n"
     )
-    result = python("-m", "jaxembed.train", f"--config={file}", f"--workdir={tmp_path / 'run'}")
-    assert_refused(result, "config.stages[1].data.train[0].path: no such file or folder: nowhere.jsonl")
-    assert not os.path.exists(tmp_path / "run")
+    return file
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "config.stages[1].data.train[0].path: no such file or folder: nowhere.jsonl"),
+        (["--config.stages[1].data.train[0].path=other.jsonl"], "no such file or folder: other.jsonl"),
+        (["--config.stages[1].steps=many"], "invalid literal for int() with base 10: 'many'"),
+        (
+            ["--config.stages[1].loss.temperature=1.0"],
+            "no such field: loss; of a stage or source, flags set what the config file sets",
+        ),
+        (["--data=pairs.jsonl"], "--data: config.stages[0] has data of its own"),
+    ],
+)
+def test_what_is_wrong_with_a_stage_shows_at_once(config_file, tmp_path, more, message):
+    result = python("-m", "jaxembed.train", f"--config={config_file}", f"--workdir={tmp_path / 'run'}", *more)
+    assert_refused(result, message)
+    assert not (tmp_path / "run").exists()

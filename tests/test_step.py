@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import pathlib
 from typing import Any
 
 import jax
@@ -45,7 +46,7 @@ class Bench:
     def __post_init__(self) -> None:
         sizes = [getattr(self.mesh_config, axis) for axis in sharding.AXES]
         self.mesh = sharding.make_mesh(self.mesh_config, jax.devices()[: int(np.prod(sizes))])
-        blueprint, load = model_source.open_source(self.config)
+        blueprint, load = model_source.open_source(self.config, pathlib.Path(self.config.data.cache_dir))
         self.data = open_data(self.config, blueprint, self.mesh, {})
         self.factory = blueprint.factory(model_source.options(self.config.model), self.config.seed)
         with jax.set_mesh(self.mesh):

@@ -80,7 +80,8 @@ def assert_same_bits(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None
 class Command:
     """`python -m jaxembed.train` in a process of its own, on two virtual devices."""
 
-    def __init__(self, config: config_lib.Config, workdir: pathlib.Path) -> None:
+    def __init__(self, config: config_lib.Config, workdir: pathlib.Path, largest_file: int = 0) -> None:
+        """`largest_file` is in bytes: beyond it writing fails, as on a full disk."""
         self.workdir = workdir
         values = workdir.with_suffix(".json")
         values.write_text(json.dumps(config_lib.to_json(config)))
@@ -92,11 +93,12 @@ class Command:
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": "2",
-            "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
+            "JAX_COMPILATION_CACHE_DIR": "" if largest_file else str(ROOT / ".cache" / "jax"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
         }
-        program = [sys.executable, "-X", "importtime", "-m", "jaxembed.train"]
-        command = [*program, f"--config={file}", f"--workdir={workdir}"]
+        watched = ["prlimit", f"--fsize={largest_file}", sys.executable] if largest_file else [sys.executable]
+        shown = [] if largest_file else ["-X", "importtime"]
+        command = [*watched, *shown, "-m", "jaxembed.train", f"--config={file}", f"--workdir={workdir}"]
         self.logs = [workdir.with_suffix(suffix) for suffix in (".out", ".err")]  # files never fill up, as pipes do
         with self.logs[0].open("w") as out, self.logs[1].open("w") as errors:
             self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=errors)
@@ -193,6 +195,23 @@ def test_told_to_stop_it_saves_leaves_with_0_and_goes_on_later(folder, long_conf
     assert code == 0, errors
     assert f"{done} of {STEPS} steps are done: going on" in errors
     assert_same_run(workdir, unbroken)
+
+
+def test_a_disk_that_takes_no_more_leaves_the_last_checkpoint_intact(folder):
+    workdir = folder / "full"
+    config = small(folder, steps=4, log_to=())
+    train_on(2, config, workdir)
+    before = saved(workdir, 4)
+    longer = dataclasses.replace(config, steps=12)
+    code, _, errors = Command(longer, workdir, largest_file=20_000).end()
+    *_, line = errors.splitlines()
+    assert code == 2 and "Traceback" not in errors
+    assert line.startswith(f"error: {workdir}: cannot be written: File too large. The newest complete checkpoint is")
+    assert find(str(workdir)).name == "4"
+    assert_same_bits(saved(workdir, 4), before)
+    code, _, errors = Command(longer, workdir).end()
+    assert code == 0, errors
+    assert [line["step"] for line in read_metrics(workdir)] == list(range(1, 13))
 
 
 @pytest.fixture(scope="module")

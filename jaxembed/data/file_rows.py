@@ -37,7 +37,7 @@ class FileRows:
         Raises:
           UserError: no such file, several kinds, an unreadable parquet file.
         """
-        self.kind, self.files = find_files(source, where)
+        self.kind, self.files = find_files(source, f"{where}.path")
         self.title = source.path
         self.label = label_of(source.path, len(self.files))
         self.total = sum(map(_n_rows if self.kind == "parquet" else _n_bytes, self.files))

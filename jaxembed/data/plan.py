@@ -90,7 +90,7 @@ class Plan:
         for i, (cache, source) in enumerate(zip(self.caches, self.sources)):
             if not source.in_batch and cache.max_negatives == 0:
                 raise UserError(
-                    f"config.data.train[{i}].in_batch = False, but {source.path} has no hard negatives: "
+                    f"config.data.train[{i}].in_batch = False, but {source.path or source.name} has no hard negatives: "
                     "its pairs would have nothing to be told from"
                 )
         shares = [Fraction(str(s.weight)) * c.n_records for s, c in zip(self.sources, self.caches)]

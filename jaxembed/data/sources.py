@@ -49,51 +49,76 @@ def _is_data_set(folder: pathlib.Path) -> bool:
     return any((folder / name).is_file() for name in _INFO_FILES)
 
 
-def check_place(source: SourceConfig, where: str) -> None:
+def check_place(source: SourceConfig, field: str) -> None:
     """Refuses a path that leads nowhere. What has only a name is not looked for.
 
     Args:
       source: the source.
-      where: its config field, for messages.
+      field: the flag or config field of its path, for messages.
 
     Raises:
       UserError: there is nothing at the path, or files of several kinds.
     """
     if source.source not in DATA_SETS:
-        find_files(source, where)
+        find_files(source, field)
     elif source.path and not pathlib.Path(source.path).expanduser().is_dir():
-        raise UserError(f"{where}.path: there is no folder {source.path}")
+        raise UserError(f"{field}: there is no folder {source.path}")
 
 
-def find_files(source: SourceConfig, where: str) -> tuple[str, tuple[pathlib.Path, ...]]:
+def find_files(source: SourceConfig, field: str) -> tuple[str, tuple[pathlib.Path, ...]]:
     """Returns the kind of a source's files, 'jsonl' or 'parquet', and the files in the order of their names.
 
     A folder stands for all files of a known kind in it and its subfolders, a glob (`**` goes through subfolders) for
     all files that it matches. Hidden files are left out of both.
 
+    Args:
+      source: path and kind.
+      field: the flag or config field of the path, for messages.
+
     Raises:
       UserError: no such file, none in the folder or of the glob, or several kinds.
     """
-    path, wanted = pathlib.Path(source.path).expanduser(), _SUFFIXES.get(source.source, _ALL_SUFFIXES)
-    field = f"{where}.path"
+    path, said = pathlib.Path(source.path).expanduser(), f"{field}: {source.path}"
     if path.is_dir():
-        if source.source == AUTO and _is_data_set(path):
-            raise UserError(
-                f"{field}: {source.path} is a data set's folder: say {where}.source = 'tfds' or 'hf', or give it as "
-                f"tfds:{source.path} or hf:{source.path}"
-            )
-        files = tuple(sorted(f for f in path.rglob("*") if f.name.endswith(wanted) and _is_visible(f, path)))
-        if not files:
-            raise UserError(f"{field}: the folder {source.path} and its subfolders hold no {', '.join(wanted)} file")
+        files = _files_in(path, source.source, said)
     elif path.is_file():
         files = (path,)
     elif glob.has_magic(source.path):
         files = tuple(sorted(f for f in map(pathlib.Path, glob.glob(str(path), recursive=True)) if f.is_file()))
         if not files:
-            raise UserError(f"{field}: no file matches {source.path}")
+            raise UserError(f"{said}: no file matches")
     else:
         raise UserError(f"{field}: no such file or folder: {source.path}")
-    return (source.source if source.source != AUTO else _common_kind(files, where)), files
+    return (_common_kind(files, said) if source.source == AUTO else source.source), files
+
+
+def _files_in(folder: pathlib.Path, kind: str, said: str) -> tuple[pathlib.Path, ...]:
+    if kind == AUTO and _is_data_set(folder):
+        raise UserError(f"{said} is the folder of a prepared data set: give it as tfds:FOLDER or hf:FOLDER")
+    wanted = _SUFFIXES.get(kind, _ALL_SUFFIXES)
+    files = tuple(sorted(f for f in folder.rglob("*") if f.name.endswith(wanted) and _is_visible(f, folder)))
+    if not files:
+        raise UserError(f"{said}: no {', '.join(wanted)} file in this folder or its subfolders")
+    return files
+
+
+def _is_visible(file: pathlib.Path, folder: pathlib.Path) -> bool:
+    return file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
+def _common_kind(files: tuple[pathlib.Path, ...], said: str) -> str:
+    first_of: dict[str, pathlib.Path] = {}
+    for file in files:
+        kind = next((kind for kind, suffixes in _SUFFIXES.items() if file.name.endswith(suffixes)), "")
+        if not kind:
+            raise UserError(f"{said}: {file.name} ends in none of {', '.join(_ALL_SUFFIXES)}: rename it, or set source")
+        first_of.setdefault(kind, file)
+    if len(first_of) > 1:
+        raise UserError(
+            f"{said}: files of two kinds, {' and '.join(file.name for file in first_of.values())}: "
+            f"set source to {' or '.join(first_of)}, or name the files of one kind by a glob"
+        )
+    return next(iter(first_of))
 
 
 def label_of(path: str, n_files: int) -> str:
@@ -108,24 +133,3 @@ def label_of(path: str, n_files: int) -> str:
         wild = next(i for i, part in enumerate(parts) if glob.has_magic(part))
         name = "/".join(part for part in parts[max(0, wild - 1) :] if part != place.anchor)
     return f"{name} ({n_files} file{'s' * (n_files != 1)})"
-
-
-def _is_visible(file: pathlib.Path, folder: pathlib.Path) -> bool:
-    return file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-
-
-def _common_kind(files: tuple[pathlib.Path, ...], where: str) -> str:
-    first_of: dict[str, pathlib.Path] = {}
-    for file in files:
-        kind = next((kind for kind, suffixes in _SUFFIXES.items() if file.name.endswith(suffixes)), "")
-        if not kind:
-            raise UserError(
-                f"{where}.path: {file.name} is none of {', '.join(_ALL_SUFFIXES)}: rename it, or set {where}.source"
-            )
-        first_of.setdefault(kind, file)
-    if len(first_of) > 1:
-        jsonl, parquet = first_of["jsonl"], first_of["parquet"]
-        raise UserError(
-            f"{where}.path: files of two kinds, {jsonl} and {parquet}: set {where}.source, or name one kind by a glob"
-        )
-    return next(iter(first_of))

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import os
 import pathlib
 import re
 import sys
@@ -87,7 +88,7 @@ def _from_folder(path: str, where: str) -> "DatasetBuilder":
     except (OSError, ValueError) as error:
         raise UserError(
             f"{where}.path: {path} is no prepared tfds data set: wants the folder with its dataset_info.json, such as "
-            f"DATA_DIR/NAME/1.0.0"
+            "DATA_DIR/NAME/1.0.0"
         ) from error
 
 
@@ -101,7 +102,7 @@ def _by_name(name: str, data_dir: str, where: str) -> "DatasetBuilder":
     if _bare(name) and importlib.util.find_spec(module):
         importlib.import_module(module)  # which registers its builder
     builder = _builder(name, data_dir, where)
-    if builder.is_prepared():
+    if _is_prepared(builder):
         return builder
     import tensorflow_datasets as tfds
 
@@ -111,7 +112,7 @@ def _by_name(name: str, data_dir: str, where: str) -> "DatasetBuilder":
             builder.download_and_prepare(download_config=config, file_format="array_record")
     except Exception as error:  # a builder is a program, which may raise anything
         builder = _builder(name, data_dir, where)
-        if not builder.is_prepared():  # by another process, which was faster
+        if not _is_prepared(builder):  # unless another process was faster
             raise UserError(f"{where}.name: tfds:{name} cannot be prepared: {_said(error)}") from error
     return builder
 
@@ -119,7 +120,7 @@ def _by_name(name: str, data_dir: str, where: str) -> "DatasetBuilder":
 def _builder(name: str, data_dir: str, where: str) -> "DatasetBuilder":
     import tensorflow_datasets as tfds
 
-    place = {"data_dir": str(pathlib.Path(data_dir).expanduser())} if data_dir else {}
+    place = {"data_dir": os.path.expanduser(data_dir)} if data_dir else {}
     not_found = tfds.core.registered.DatasetNotFoundError
     try:
         try:
@@ -134,6 +135,10 @@ def _builder(name: str, data_dir: str, where: str) -> "DatasetBuilder":
     except (ValueError, TypeError, AssertionError) as error:
         said = _said(error).split(". Here are")[0]
         raise UserError(f"{where}.name: tfds:{name}: {said}; wants NAME[/CONFIGURATION][:VERSION]") from error
+
+
+def _is_prepared(builder: "DatasetBuilder") -> bool:
+    return (builder.data_path / "dataset_info.json").exists()  # tfds' own test warns where there is nothing yet
 
 
 def _bare(name: str) -> str:
@@ -157,10 +162,9 @@ def _plain(value: Any) -> Any:
         return value.decode()
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-        return _plain(value) if isinstance(value, bytes | list) else value
-    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return _plain(value.tolist()) if hasattr(value, "tolist") else value
 
 
 def _said(error: BaseException) -> str:

@@ -6,8 +6,7 @@ compared by what they say: lower case, no spaces kept, camelCase and snake_case 
 the texts alone, not on processes, threads or the order of hashes.
 """
 
-import hashlib
-import heapq
+import random
 from collections.abc import Iterable, Iterator
 
 import tokenizers
@@ -16,9 +15,8 @@ from tokenizers import Regex, models, normalizers, pre_tokenizers, processors, t
 from jaxembed.config import AUTO, Config, SourceConfig
 from jaxembed.config_check import trained_vocabulary
 from jaxembed.data.cache_writer import INSTRUCTION
-from jaxembed.data.records import Record, RecordReader
+from jaxembed.data.records import RecordReader
 from jaxembed.data.tokenizer import Tokenizer
-from jaxembed.errors import UserError
 from jaxembed.stages import stages_of
 
 # BERT's, in the order of its vocabularies: padding is 0. They serve every architecture here.
@@ -29,20 +27,20 @@ SPECIAL_TOKENS = {
     "sep_token": "[SEP]",
     "mask_token": "[MASK]",
 }
-MAX_RECORDS = 200_000  # of a source, drawn from all of it; more would hardly change the vocabulary
-MAX_CHARACTERS = 4_000  # of a text
+MAX_TEXTS = 200_000  # drawn from all; more would hardly change the vocabulary, and have to fit into memory
+MAX_CHARACTERS = 2_000  # of a text
 
 _CASE_CHANGE = Regex(r"(?<=\p{Ll})(?=\p{Lu})|(?<=\p{Lu})(?=\p{Lu}\p{Ll})")  # parse|HTML, HTML|Parser
 _WORD = Regex(r"\p{L}[\p{L}\p{M}]*|\p{N}{1,3}|[^\s\p{L}\p{N}]+")
 
 
 def train_for(config: Config) -> Tokenizer:
-    """Trains the tokenizer that the config asks for on the texts of its sources, those of its stages too.
+    """Trains the tokenizer that the config asks for, on a sample of its training texts where they are many.
 
     Raises:
-      UserError: bad sources, or texts too few for a vocabulary.
+      UserError: `config.tokenizer` asks for another kind or too few tokens; what `RecordReader` raises.
     """
-    return train_tokenizer(training_texts(config), trained_vocabulary(config.tokenizer))
+    return train_tokenizer(_sample(training_texts(config)), trained_vocabulary(config.tokenizer))
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -58,7 +56,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r"\s+"), "removed"),
+            pre_tokenizers.Split(Regex(r"[\s_]+"), "removed"),
             pre_tokenizers.Split(_WORD, "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
@@ -80,25 +78,43 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def training_texts(config: Config) -> Iterator[str]:
-    """Yields the texts that the run trains on, each with its prompt; of a large source, those of a sample.
+    """Yields the texts that the run trains on, stages and all, each with its prompt.
 
     Raises:
       UserError: what `RecordReader` raises.
     """
-    places: dict[int, tuple[str, SourceConfig]] = {}
-    known: list[SourceConfig] = []
+    for source, on_bad_record, where in _sources(config):
+        prompts = {
+            side: config.prompts.get(side, "") if said == AUTO else said
+            for side, said in (("query", source.prompt.query), ("document", source.prompt.document))
+        }
+        for record in RecordReader(source, on_bad_record, where):
+            yield prompts["query"].replace(INSTRUCTION, record.instruction) + record.query
+            before = prompts["document"].replace(INSTRUCTION, record.instruction)
+            yield from (before + document for document in (*record.positives, *record.negatives))
+
+
+def _sources(config: Config) -> list[tuple[SourceConfig, str, str]]:
+    """Returns each source once, with what is done about its bad records, and its name in the config."""
+    found: list[tuple[SourceConfig, str, str]] = []
     for n, stage in enumerate(stages_of(config)):
+        field = f"config.stages[{n}].data.train" if stage.config.data != config.data else "config.data.train"
         for i, source in enumerate(stage.config.data.train):
-            if source in known:
-                continue
-            known.append(source)
-            where = f"config.data.train[{i}]" if not stage.name else f"config.stages[{n}].data.train[{i}]"
-            reader = RecordReader(source, stage.config.data.on_bad_record, where)
-            query_prompt, document_prompt = (
-                config.prompts.get(name, "") if said == AUTO else said
-                for name, said in (("query", source.prompt.query), ("document", source.prompt.document))
-            )
-            for record in _sample(reader):
-                yield _text(query_prompt, record, record.query)
-                for document in (*record.positives, *record.negatives):
-                    yield _text(document_prompt, record, document)
+            if source not in (known for known, *_ in found):
+                found.append((source, stage.config.data.on_bad_record, f"{field}[{i}]"))
+    return found
+
+
+def _sample(texts: Iterable[str]) -> list[str]:
+    """Draws MAX_TEXTS of any number of texts, each as likely as the others, and the same ones every time.
+
+    Reservoir sampling: Vitter 1985, "Random sampling with a reservoir", algorithm R.
+    """
+    draw = random.Random(0)
+    kept: list[str] = []
+    for n, text in enumerate(texts):
+        if n < MAX_TEXTS:
+            kept.append(text[:MAX_CHARACTERS])
+        elif (place := draw.randrange(n + 1)) < MAX_TEXTS:
+            kept[place] = text[:MAX_CHARACTERS]
+    return kept

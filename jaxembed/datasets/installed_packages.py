@@ -66,7 +66,7 @@ def permissive(names: Iterable[str]) -> list[Package]:
         licence = licence_of(distribution.metadata)
         if is_permissive(licence):
             root = pathlib.Path(str(distribution.locate_file("")))
-            packages.append(Package(name, distribution.version, licence, root, _files_of(distribution)))
+            packages.append(Package(distribution.name, distribution.version, licence, root, _files_of(distribution)))
     return packages
 
 

@@ -3,8 +3,9 @@
     tfds.builder("py_docstrings").download_and_prepare(file_format="array_record")
 
 Real pairs on any machine, with no download: the source files of the Python standard library and of permissively
-licensed packages that training needs anyway. Whole files are held out. The function's own name stays in its code, and
-often in its docstring's words, which makes lexical search strong here.
+licensed packages that training needs anyway. Whole files are held out. Which functions are left out, `python_functions`
+says; tests, generated files and copies of other projects are. The function's own name stays in its code, and its words
+are often the docstring's, which makes lexical search strong here.
 """
 
 import contextlib
@@ -84,14 +85,15 @@ class PyDocstrings(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         packages = self.builder_config.packages
-        licences = "\n".join(f"{package.name} {package.version}: {package.licence}" for package in packages)
+        sources = "\n".join(f"{package.name} {package.version}: {package.licence}" for package in packages)
+        licences = "; ".join(sorted({package.licence for package in packages}))
         return tfds.core.DatasetInfo(  # `dataset_info_from_configs` looks for files that we have no use for
             builder=self,
-            description=__doc__,
+            description=f"{__doc__}\nThe packages, and their licences in the words of their metadata:\n{sources}",
             features=tfds.features.FeaturesDict(
                 {field.name: tfds.features.Text() for field in dataclasses.fields(Example)}
             ),
-            license=licences,
+            license=f"permissive, each package's own: {licences}",
         )
 
     def _split_generators(
@@ -100,7 +102,7 @@ class PyDocstrings(tfds.core.GeneratorBasedBuilder):
         del dl_manager  # nothing to download
         from rich.progress import track
 
-        files = track(list(_files(self.builder_config.packages)), "reading the installed packages", transient=True)
+        files = track(list(list_files(self.builder_config.packages)), "reading the installed packages", transient=True)
         with _no_garbage_collection():
             splits = collect(files)
         return {split: self._generate_examples(examples) for split, examples in splits.items()}
@@ -110,8 +112,8 @@ class PyDocstrings(tfds.core.GeneratorBasedBuilder):
             yield example.id, dataclasses.asdict(example)
 
 
-def _files(packages: Iterable[Package]) -> Iterator[tuple[Package, str]]:
-    """Yields the source files of each package, in an order that any part of the package may come first in."""
+def list_files(packages: Iterable[Package]) -> Iterator[tuple[Package, str]]:
+    """Yields each package's source files, in an order in which those of one folder are not together."""
     for package in packages:
         names = [str(path) for path in package.source_files() if is_source(path)]
         yield from ((package, name) for name in sorted(names, key=_number))

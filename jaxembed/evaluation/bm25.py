@@ -19,11 +19,11 @@ K1, B = 1.2, 0.75  # Lucene's
 _EAST = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[{_EAST}]|[^\W{_EAST}]+")
 _PART = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")  # of an identifier: 'HTTP', 'Server', 'get', '404'
-# Lucene's English stop words.
-_STOP_WORDS = frozenset(
+_LUCENE_ENGLISH = (
     "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this "
-    "to was will with".split()
+    "to was will with"
 )
+_STOP_WORDS = frozenset(_LUCENE_ENGLISH.split())
 
 
 def words(text: str) -> list[str]:

@@ -1,9 +1,14 @@
-"""Scores as metrics and as a table.
+"""Scores as metrics and as tables.
 
 Results are a dict by task, 'KIND/NAME' or, of a baseline, 'bm25/KIND/NAME', of that kind's metrics, each times 100.
 """
 
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
+
+from jaxembed.evaluation.mteb_tasks import MtebScore
 
 BM25 = "bm25/"  # before the names of BM25's results
 # kind of task → the metric that stands for it
@@ -44,14 +49,30 @@ def scores_tables(results: Results, baselines: Results) -> list[Table]:
     for task, scores in results.items():
         kind, _, name = task.partition("/")
         if kind not in tables:
-            tables[kind] = Table(title=_TITLES[kind], title_justify="left")
-            tables[kind].add_column("", overflow="fold")
+            tables[kind] = _table(_TITLES[kind])
             for metric in scores:
                 tables[kind].add_column(metric, justify="right", no_wrap=True)
         tables[kind].add_row(name, *_cells(scores))
         if BM25 + task in baselines:
             tables[kind].add_row("  BM25", *_cells(baselines[BM25 + task]), style="dim")
     return list(tables.values())
+
+
+def mteb_table(scores: Sequence[MtebScore]) -> Table:
+    """Lays MTEB's main scores out, a row per task."""
+    table = _table("MTEB")
+    table.add_column("type", no_wrap=True)
+    table.add_column("metric", no_wrap=True)
+    table.add_column("score", justify="right", no_wrap=True)
+    for score in scores:
+        table.add_row(score.task, score.kind, score.metric, f"{score.score:.2f}")
+    return table
+
+
+def _table(title: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=0, collapse_padding=True)
+    table.add_column(title, overflow="fold")
+    return table
 
 
 def _cells(scores: dict[str, float]) -> list[str]:

@@ -8,8 +8,10 @@ import numpy as np
 from absl import logging
 
 from jaxembed.errors import UserError
-from jaxembed.evaluation.lines import find_file, id_of, read_lines, read_objects, text_of
-from jaxembed.evaluation.vectors import Encode, finite_vectors, for_search
+from jaxembed.evaluation.lines import id_of, read_lines, read_objects, text_of
+from jaxembed.evaluation.sets import retrieval_files
+from jaxembed.evaluation.vectors import Encode, finite_vectors
+from jaxembed.similarity import for_search
 
 DEPTH = 100  # documents ranked per query
 
@@ -49,11 +51,7 @@ def read_retrieval(folder: str | pathlib.Path) -> RetrievalData:
     Raises:
       UserError: no such folder or file, a bad row (named FILE:LINE), an id given twice, or no query to evaluate.
     """
-    folder = pathlib.Path(folder).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder of corpus.jsonl, queries.jsonl and qrels.tsv")
-    corpus_path, queries_path = find_file(folder, "corpus.jsonl"), find_file(folder, "queries.jsonl")
-    qrels_path = find_file(folder, "qrels.tsv", "qrels/test.tsv")
+    corpus_path, queries_path, qrels_path = retrieval_files(str(folder))
     documents = dict(sorted(_read_texts(corpus_path, titled=True).items()))
     all_queries, qrels = _read_texts(queries_path, titled=False), _read_qrels(qrels_path)
     queries = {query: text for query, text in all_queries.items() if query in qrels}
@@ -66,9 +64,8 @@ def read_retrieval(folder: str | pathlib.Path) -> RetrievalData:
         raise UserError(f"{qrels_path}: none of its documents is in {corpus_path}; do these files belong together?")
     if unknown:
         logging.warning("%s: %d of %d documents are not in the corpus: never found", qrels_path, unknown, len(wanted))
-    name = folder.resolve().name
     return RetrievalData(
-        name,
+        corpus_path.parent.resolve().name,
         query_ids=list(queries),
         queries=list(queries.values()),
         document_ids=list(documents),

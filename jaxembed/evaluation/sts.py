@@ -8,7 +8,8 @@ from scipy.stats import rankdata
 
 from jaxembed.errors import UserError
 from jaxembed.evaluation.lines import number_of, read_objects, stem, text_of
-from jaxembed.evaluation.vectors import NO_PROMPT, Encode, finite_vectors, pair_similarities
+from jaxembed.evaluation.vectors import NO_PROMPT, Encode, finite_vectors
+from jaxembed.similarity import pairwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,7 @@ def evaluate_sts(data: StsData, encode: Encode, similarity: str) -> dict[str, fl
     """
     n = len(data.scores)
     vectors = finite_vectors(encode, data.sentences1 + data.sentences2, NO_PROMPT)
-    similarities_N = pair_similarities(vectors[:n], vectors[n:], similarity)
+    similarities_N = pairwise(vectors[:n], vectors[n:], similarity)
     return {
         "spearman": 100 * _pearson(rankdata(similarities_N), rankdata(data.scores)),  # equals share their mean rank
         "pearson": 100 * _pearson(similarities_N, data.scores),

@@ -11,6 +11,7 @@ from jaxembed.config import EvalConfig
 from jaxembed.embedder import Embedder
 from jaxembed.errors import UserError
 from jaxembed.evaluation.bm25 import evaluate_bm25
+from jaxembed.evaluation.classification import ClassificationData, evaluate_classification, read_classification
 from jaxembed.evaluation.pairs import read_pairs
 from jaxembed.evaluation.report import BM25, Results
 from jaxembed.evaluation.retrieval import RetrievalData, evaluate_retrieval, read_retrieval
@@ -18,7 +19,7 @@ from jaxembed.evaluation.search import top_k
 from jaxembed.evaluation.sts import StsData, evaluate_sts, read_sts
 from jaxembed.evaluation.vectors import NO_PROMPT
 
-Data = TypeVar("Data", StsData, RetrievalData)
+Data = TypeVar("Data", StsData, RetrievalData, ClassificationData)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +29,13 @@ class Tasks:
     Attributes:
       sts: similarity sets, 'sts/NAME'.
       retrieval: retrieval sets, 'retrieval/NAME' and 'pairs/NAME'.
+      classification: classification sets, 'classification/NAME'.
       bm25: whether BM25 is scored too.
     """
 
     sts: dict[str, StsData]
     retrieval: dict[str, RetrievalData]
+    classification: dict[str, ClassificationData]
     bm25: bool
 
     @classmethod
@@ -44,23 +47,27 @@ class Tasks:
         """
         beir = _by_name("retrieval", map(read_retrieval, config.retrieval))
         pairs = _by_name("pairs", (read_pairs(spec, f"eval.pairs[{i}]") for i, spec in enumerate(config.pairs)))
-        return cls(_by_name("sts", map(read_sts, config.sts)), beir | pairs, config.bm25)
+        classification = _by_name("classification", map(read_classification, config.classification))
+        return cls(_by_name("sts", map(read_sts, config.sts)), beir | pairs, classification, config.bm25)
 
     def evaluate(self, embedder: Embedder, show_progress_bar: bool = False) -> Results:
         """Scores a model on all sets, on its mesh.
 
-        Similarity sets are encoded with the model's default prompt, queries and documents with their own, as in
-        sentence-transformers.
+        Queries and documents are encoded with their own prompts, other texts with the model's default prompt, and
+        vectors compared as the model says, as in sentence-transformers.
         """
 
         def encode(texts: Sequence[str], prompt_name: str) -> np.ndarray:
             by_name = {"query": embedder.encode_query, "document": embedder.encode_document, NO_PROMPT: embedder.encode}
             return by_name[prompt_name](texts, show_progress_bar=show_progress_bar)
 
-        search = functools.partial(top_k, mesh=embedder.mesh)
-        return {task: evaluate_sts(data, encode) for task, data in self.sts.items()} | {
-            task: evaluate_retrieval(data, encode, search) for task, data in self.retrieval.items()
-        }
+        search, similarity = functools.partial(top_k, mesh=embedder.mesh), embedder.blueprint.similarity
+        results = {task: evaluate_sts(data, encode, similarity) for task, data in self.sts.items()}
+        for task, data in self.retrieval.items():
+            results[task] = evaluate_retrieval(data, encode, search, similarity)
+        for task, data in self.classification.items():
+            results[task] = evaluate_classification(data, encode)
+        return results
 
     def baselines(self) -> Results:
         """Scores BM25 on the retrieval and pairs sets, as 'bm25/KIND/NAME', if it is asked for."""

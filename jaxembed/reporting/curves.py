@@ -62,14 +62,19 @@ def draw(history: History, title: str) -> bytes:
       A PNG of 1600 × 1000 pixels.
 
     Raises:
-      UserError: matplotlib is missing or broken.
+      UserError: matplotlib is missing or fails.
     """
     try:
-        import matplotlib
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(f"the curves need matplotlib, which does not import: {error}") from error
+        return _draw(history, title)
+    except Exception as error:  # whatever a drawing library may raise is not worth a training run
+        raise UserError(f"the curves cannot be drawn: {error!r}") from error
+
+
+def _draw(history: History, title: str) -> bytes:
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=INCHES, dpi=DPI, layout="constrained")
         figure.suptitle(title, x=0.008, ha="left", fontsize=14, fontweight="bold")
@@ -219,7 +224,7 @@ def thin(series: Series) -> Series:
 def running_mean(series: Series) -> Series:
     """Returns the mean around each point, over what there is of the window at the ends."""
     n = len(series.steps)
-    half = max(n // (2 * WINDOWS), 1)
+    half = max(n // (2 * WINDOWS), 3)
     sums = np.concatenate(([0.0], np.cumsum(series.values)))
     low, high = np.maximum(np.arange(n) - half, 0), np.minimum(np.arange(n) + half + 1, n)
     return Series(series.steps, (sums[high] - sums[low]) / (high - low))

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jaxembed.config import Config
+from jaxembed.hf.hub import REPOSITORY
 from jaxembed.reporting.history import History, Scores
 from jaxembed.reporting.record import RunRecord, Source
 from jaxembed.stages import stages_of
@@ -37,7 +39,8 @@ def duration(seconds: float) -> str:
 def start_of(config: Config) -> str:
     """Returns what the weights started from, without a path of the machine that trained them."""
     kind, _, where = config.model.init.partition(":")
-    name = where.rstrip("/").rsplit("/", 1)[-1]
+    on_hub = REPOSITORY.fullmatch(where) and not pathlib.Path(where).is_dir()
+    name = where if on_hub else where.rstrip("/").rsplit("/", 1)[-1]
     return {"scratch": "from scratch", "hf": f"from `{name}`", "run": f"from the run `{name}`"}[kind]
 
 

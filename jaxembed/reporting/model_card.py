@@ -8,7 +8,9 @@ import re
 from typing import TYPE_CHECKING
 
 import jax
+from absl import logging
 
+from jaxembed.errors import UserError
 from jaxembed.hf.hub import REPOSITORY
 from jaxembed.reporting import curves
 from jaxembed.reporting.history import Scores
@@ -48,18 +50,17 @@ def card_files(embedder: "Embedder") -> dict[str, bytes]:
     """
     run = embedder.run
     record = RunRecord.read(run.workdir, run.step) if run else None
-    files = {NAME: model_card(embedder, record).encode()}
-    if record and record.history.series:
-        files[curves.NAME] = curves.draw(record.history, record.title)
-    return files
+    picture = _picture(record) if record and record.history.series else {}
+    return {NAME: model_card(embedder, record, bool(picture)).encode(), **picture}
 
 
-def model_card(embedder: "Embedder", record: RunRecord | None) -> str:
+def model_card(embedder: "Embedder", record: RunRecord | None, with_curves: bool) -> str:
     """Returns the card as Markdown.
 
     Args:
       embedder: the model.
       record: of its run, up to the step exported; None for a model that is not out of a run.
+      with_curves: whether the picture of its curves lies beside the card.
     """
     known = record is not None and record.history.series
     parts = [
@@ -69,7 +70,8 @@ def model_card(embedder: "Embedder", record: RunRecord | None) -> str:
         _properties(embedder),
         _usage(embedder),
         _evaluation(record) if known else "",
-        f"## Training\n\n{settings_table(record)}\n![Curves of the training]({curves.NAME})\n" if known else "",
+        f"## Training\n\n{settings_table(record)}" if known else "",
+        f"![Curves of the training]({curves.NAME})\n" if with_curves else "",
         _data(record) if record else "",
     ]
     return "\n".join(filter(None, parts))
@@ -84,6 +86,15 @@ def licence_of(record: RunRecord) -> str:
     licences = {source.licence for source in record.sources}
     only = licences.pop() if len(licences) == 1 else ""
     return only.lower() if record.config.model.init == "scratch" and SPDX.fullmatch(only) else ""
+
+
+def _picture(record: RunRecord) -> dict[str, bytes]:
+    """Returns the curves by their file's name; nothing where they cannot be drawn, as a model is worth more."""
+    try:
+        return {curves.NAME: curves.draw(record.history, record.title)}
+    except UserError as error:
+        logging.warning("The model card is without its picture: %s", error)
+        return {}
 
 
 def _front_matter(record: RunRecord | None) -> str:
@@ -151,7 +162,7 @@ def _properties(embedder: "Embedder") -> str:
 def _usage(embedder: "Embedder") -> str:
     pieces = [
         ("sentence-transformers", sentence_transformers_code()),
-        ("transformers", transformers_code(embedder.blueprint)),
+        ("transformers", transformers_code(embedder)),
         ("JAX", jax_code()),
     ]
     return "## Usage\n\n" + "\n".join(f"With {name}:\n\n```python\n{text}```\n" for name, text in pieces)

@@ -5,7 +5,7 @@ All of them make `queries` and `documents`, two arrays of one vector per text, a
 
 import json
 
-from jaxembed.embedder import DOCUMENT_PROMPTS, QUERY_PROMPTS
+from jaxembed.embedder import Embedder
 from jaxembed.model_source import Blueprint
 
 QUERIES = '["What do bees make honey from?"]'
@@ -34,9 +34,10 @@ scores = model.similarity(queries, documents)
 """
 
 
-def transformers_code(blueprint: Blueprint) -> str:
+def transformers_code(model: Embedder) -> str:
     """Returns how transformers loads it, with this model's pooling, projection and normalisation written out."""
-    head = blueprint.head
+    blueprint, head = model.blueprint, model.blueprint.head
+    query, document = (json.dumps(model.prompts[name], ensure_ascii=False) for name in ("query", "document"))
     imports = ["import torch"]
     if head.projection:
         imports.append("from safetensors.torch import load_file")
@@ -73,18 +74,11 @@ def transformers_code(blueprint: Blueprint) -> str:
         *(f"    {line}" for line in body),
         "",
         "",
-        f"queries = encode({QUERIES}, prompt={_prompt(blueprint, QUERY_PROMPTS)})",
-        f"documents = encode({DOCUMENTS}, prompt={_prompt(blueprint, DOCUMENT_PROMPTS)})",
+        f"queries = encode({QUERIES}, prompt={query})",
+        f"documents = encode({DOCUMENTS}, prompt={document})",
         f"scores = {_similarity(blueprint.similarity)}",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _prompt(blueprint: Blueprint, names: tuple[str, ...]) -> str:
-    """Returns, quoted, the first of these prompts that the model has, else its default prompt, else ''."""
-    prompts = blueprint.prompts
-    text = next((prompts[name] for name in (*names, blueprint.default_prompt_name) if name in prompts), "")
-    return json.dumps(text, ensure_ascii=False)
 
 
 def _prompt_lines(blueprint: Blueprint) -> list[str]:

@@ -20,6 +20,7 @@ def summary(workdir: pathlib.Path) -> "RenderableType":
       UserError: not a run's folder.
     """
     from rich.console import Group
+    from rich.padding import Padding
     from rich.table import Table
 
     record = RunRecord.read(workdir)
@@ -31,7 +32,7 @@ def summary(workdir: pathlib.Path) -> "RenderableType":
     for place in PLACES:
         if (workdir / place).exists():
             facts.add_row(pathlib.PurePath(place).parts[0].removesuffix(".jsonl"), str(workdir / place))
-    return Group(*([_scores(record.history)] if record.history.tasks else []), facts)
+    return Group(*([_scores(record.history)] if record.history.tasks else []), Padding(facts, (0, 2)))
 
 
 def _scores(history: History) -> "RenderableType":

@@ -1,6 +1,7 @@
 """The token cache: its content, its key, and what happens when it is killed, raced, damaged or refused."""
 
 import errno
+import gzip
 import hashlib
 import json
 import os
@@ -62,6 +63,7 @@ def test_content(source, tokenizer, tmp_path):
     assert c.n_positives.tolist() == [1, 2, 1, 1]
     assert c.lines.tolist() == [1, 2, 4, 5]
     assert c.record_name(2) == f"{source.path}:4"
+    assert (c.label, c.licence) == ("pairs.jsonl", "")
     texts = ["What is low?", "The opposite of high.", "two", "deux", "zwei", "trois", "drei", "deux", "two"]
     texts += ["again", "once more"]
     prompts = ["Answer query: ", "", " query: ", "", "", "", "", " query: ", "", " query: ", ""]
@@ -185,6 +187,90 @@ def test_key_covers_what_the_content_depends_on(source, tokenizer, minilm_dir, t
     with open(source.path, "a") as file:
         file.write('\n{"query": "new", "positive": "record"}')
     assert key() != first
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A source of three files; the records' texts tell file and line."""
+    folder = tmp_path / "parts"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("a.jsonl", "b.jsonl", "sub/c.jsonl"):
+        pairs = (json.dumps({"query": f"{name} {i}", "positive": "p"}) for i in (1, 2))
+        (folder / name).write_text("\n\n".join(pairs))
+    return folder
+
+
+def test_many_files_make_one_cache(folder, tokenizer, tmp_path):
+    c = build(SourceConfig(path=str(folder)), tokenizer, tmp_path / "cache", PromptConfig("", ""))
+    assert c.lines.tolist() == [1, 3, 4, 6, 7, 9]
+    names = [f"{folder}/{name}:{line}" for name in ("a.jsonl", "b.jsonl", "sub/c.jsonl") for line in (1, 3)]
+    assert [c.record_name(r) for r in range(c.n_records)] == names
+    assert (c.label, pickle.loads(pickle.dumps(c)).label) == ("parts/ (3 files)", "parts/ (3 files)")
+    assert json.loads((c.path / "meta.json").read_text())["label"] == c.label
+
+
+def test_key_follows_the_bytes_of_every_file(folder, tokenizer, tmp_path):
+    def cache(pattern=""):
+        return build(SourceConfig(path=str(folder / pattern)), tokenizer, tmp_path / "c", PromptConfig("", ""))
+
+    first = cache()
+    (folder / "b.jsonl").rename(folder / "bb.jsonl")
+    assert cache().path == first.path  # names do not matter, but for the order
+    assert cache("**/*.jsonl").path == first.path and cache("**/*.jsonl").label == "parts/**/*.jsonl (3 files)"
+    assert cache().label == "parts/ (3 files)"
+    (folder / "bb.jsonl").rename(folder / "0.jsonl")
+    paths = {first.path, cache().path}
+    (folder / "0.jsonl").rename(folder / "b.jsonl")
+    with open(folder / "sub" / "c.jsonl", "a") as file:
+        file.write("\n")
+    paths.add(cache().path)
+    (folder / "d.jsonl").write_text("")
+    paths.add(cache().path)
+    (folder / "a.jsonl").unlink()
+    paths.add(cache().path)
+    assert len(paths) == 5
+
+
+def test_every_kind_of_source_gives_the_same_texts(tokenizer, tmp_path):
+    import datasets
+
+    rows = [
+        {"query": f"q{i}", "positive": [f"p{i}", "p"], "score": [0.5, i / 8], "group": str(i % 3)} for i in range(9)
+    ]
+    lines = [json.dumps(row) for row in rows]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    for i in range(3):
+        (tmp_path / "parts").mkdir(exist_ok=True)
+        (tmp_path / "parts" / f"{i}.json.gz").write_bytes(gzip.compress("\n".join(lines[3 * i : 3 * i + 3]).encode()))
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(tmp_path / "a.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    sources = [{"path": "a.jsonl"}, {"path": "parts"}, {"path": "a.parquet"}, {"path": "saved", "source": "hf"}]
+    caches = []
+    for fields in sources:
+        source = SourceConfig(**fields | {"path": str(tmp_path / fields["path"])}, columns={"score": "score"})
+        caches.append(build(source, tokenizer, tmp_path / "c"))
+    for c in caches[1:]:
+        assert c.path != caches[0].path
+        for name in ("tokens", "offsets", "hashes", "scores", "groups", "first_text", "n_positives", "lines"):
+            np.testing.assert_array_equal(getattr(c, name), getattr(caches[0], name))
+    assert caches[1].record_name(8) == f"{tmp_path}/parts/2.json.gz:3"
+    assert caches[3].record_name(8) == "hf:saved:train row 9"
+
+
+def test_split_and_licence_of_a_data_set_are_part_of_the_key(tokenizer, tmp_path):
+    import datasets
+
+    table = datasets.Dataset.from_list([{"query": f"q{i}", "positive": "p"} for i in range(4)])
+
+    def cache(licence, split):
+        table.info.license = licence
+        table.save_to_disk(tmp_path / "saved")
+        return build(SourceConfig(path=str(tmp_path / "saved"), source="hf", split=split), tokenizer, tmp_path / "c")
+
+    caches = [cache("mit", "train"), cache("mit", "train[:2]"), cache("", "train")]
+    assert len({c.path for c in caches}) == 3
+    assert [(c.licence, c.n_records) for c in caches] == [("mit", 4), ("mit", 2), ("", 4)]
 
 
 def test_source_digest_is_remembered_by_size_and_time(source, tokenizer, tmp_path):

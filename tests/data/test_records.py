@@ -128,7 +128,7 @@ def test_kinds_of_json_lines(tmp_path, name):
         (1, Record("q", ("p",))),
         (3, Record("ü\u2028", ("🙂",))),
     ]
-    assert reader.done == reader.total == (tmp_path / name).stat().st_size
+    assert reader.source.done == reader.source.total == (tmp_path / name).stat().st_size
     assert len(list(reader)) == 2  # it can be read again
 
 
@@ -146,7 +146,7 @@ def test_parquet(tmp_path):
     pq.write_table(table, path)
     reader = RecordReader(SourceConfig(path=str(path)), "skip", "w")
     assert list(reader) == [Record("a", ("p",), group="1", scores=(1.0,)), Record("b", ("p", "q"))]
-    assert (reader.done, reader.total, reader.skipped) == (3, 3, 1)
+    assert (reader.source.done, reader.source.total, reader.skipped) == (3, 3, 1)
     assert reader.reasons[0].startswith(f"{path} row 3: no 'query'")
     with pytest.raises(UserError, match=r"a\.parquet row 3: no 'query'"):
         read(path)
@@ -206,7 +206,7 @@ def test_only_the_first_reasons_are_kept(tmp_path):
 
 
 def test_files_without_records(tmp_path):
-    with pytest.raises(UserError, match="no record to train on: the file is empty"):
+    with pytest.raises(UserError, match="no usable record: it is empty"):
         read(write(tmp_path / "a.jsonl", []))
     with pytest.raises(UserError, match=r"all 2 are bad, the first: .*a\.jsonl:1: broken JSON"):
         read(write(tmp_path / "a.jsonl", ["x", "y"]), "skip")
@@ -230,17 +230,56 @@ def test_broken_parquet(tmp_path):
 
 def test_mistakes_in_the_source(tmp_path):
     path = write(tmp_path / "a.jsonl", [PAIR])
-    with pytest.raises(UserError, match=r"config\.data\.train\[0\]\.path: there is no file .*b\.jsonl"):
+    with pytest.raises(UserError, match=r"config\.data\.train\[0\]\.path: no such file or folder: .*b\.jsonl"):
         read(tmp_path / "b.jsonl")
-    with pytest.raises(UserError, match=r"train\[0\]\.path: .* is a folder"):
-        read(tmp_path)
-    with pytest.raises(UserError, match=r"a\.csv is none of \.jsonl.*set config\.data\.train\[0\]\.source"):
+    with pytest.raises(UserError, match=r"train\[0\]\.path: .*a\.csv ends in none of \.jsonl.*or set source"):
         read(write(tmp_path / "a.csv", [PAIR]))
     assert read(tmp_path / "a.csv", source="jsonl") == [Record("q", ("p",))]
     with pytest.raises(UserError, match=r"columns: there is no field 'postive', did you mean 'positive'\?"):
         read(path, columns={"postive": "p"})
     with pytest.raises(UserError, match=r"columns: no record of .* has hard_negs"):
         read(path, columns={"negative": "hard_negs"})
+
+
+def write_parts(folder):
+    """Four files of one source, one of them in a subfolder and one empty, and files that are not of it."""
+    (folder / "sub").mkdir(parents=True)
+    write(folder / "b.jsonl", [PAIR | {"id": "b1"}, "", PAIR | {"id": "b3"}])
+    (folder / "a.json.gz").write_bytes(gzip.compress(json.dumps(PAIR | {"id": "a1"}).encode()))
+    write(folder / "c.jsonl", [])
+    write(folder / "sub" / "a.jsonl", [PAIR | {"id": "s1"}, "broken", PAIR | {"id": "s3"}])
+    write(folder / ".hidden.jsonl", ["broken"])
+    write(folder / "README.md", ["# no record"])
+    return folder
+
+
+@pytest.mark.parametrize("pattern", ["", "**/*.json*", "**/[a-c].json*"])
+def test_folders_and_globs_read_files_in_the_order_of_their_names(tmp_path, pattern):
+    folder = write_parts(tmp_path / "parts")
+    reader = RecordReader(SourceConfig(path=str(folder / pattern)), "skip", "w")
+    assert [(record.id, reader.name(reader.line)) for record in reader] == [
+        ("a1", f"{folder}/a.json.gz:1"),
+        ("b1", f"{folder}/b.jsonl:1"),
+        ("b3", f"{folder}/b.jsonl:3"),
+        ("s1", f"{folder}/sub/a.jsonl:1"),
+        ("s3", f"{folder}/sub/a.jsonl:3"),
+    ]
+    assert reader.reasons == [f"{folder}/sub/a.jsonl:2: {reader.reasons[0].split(': ', 1)[1]}"]
+    assert reader.source.done == reader.source.total == sum(f.stat().st_size for f in reader.source.files)
+    with pytest.raises(UserError, match=r"sub/a\.jsonl:2: broken JSON"):
+        read(folder / pattern)
+
+
+def test_parquet_files_need_not_have_the_same_columns(tmp_path):
+    pq.write_table(pa.table({"query": ["a", "b"], "positive": ["p", "p"]}), tmp_path / "1.parquet")
+    pq.write_table(pa.table({"positive": ["q"], "query": ["c"], "negative": [["n"]]}), tmp_path / "2.parquet")
+    reader = RecordReader(SourceConfig(path=str(tmp_path / "*.parquet")), "error", "w")
+    assert [(record.query, reader.name(reader.line).split("/")[-1]) for record in reader] == [
+        ("a", "1.parquet row 1"),
+        ("b", "1.parquet row 2"),
+        ("c", "2.parquet row 1"),
+    ]
+    assert (reader.source.done, reader.source.total) == (3, 3)
 
 
 def test_real_files(data_dir):

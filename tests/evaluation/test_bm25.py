@@ -5,7 +5,7 @@ import collections
 import numpy as np
 import pytest
 
-from jaxembed.evaluation.bm25 import B, K1, _rank, evaluate_bm25, words
+from jaxembed.evaluation.bm25 import K1, B, _rank, evaluate_bm25, words
 from jaxembed.evaluation.retrieval import RetrievalData, read_retrieval
 
 

@@ -26,7 +26,9 @@ def angles(**degrees):
 
 
 def task(queries, documents, gains):
-    return RetrievalData("hand", list(queries), list(queries), list(documents), list(documents), gains, [()] * len(gains))
+    return RetrievalData(
+        "hand", list(queries), list(queries), list(documents), list(documents), gains, [()] * len(gains)
+    )
 
 
 def test_by_hand():
@@ -172,7 +174,7 @@ def test_refuses(tmp_path, name, text, message):
 
 
 def test_names_what_is_missing(tmp_path):
-    with pytest.raises(UserError, match="there is no such folder"):
+    with pytest.raises(UserError, match="no such file or folder"):
         read_retrieval(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"there is no corpus\.jsonl in it"):
         read_retrieval(tmp_path)

@@ -46,7 +46,9 @@ def test_ranks_by_hand():
     vectors = np.float32([[1, 0], [1, 0], [1, 0], [1, 0], [3, 0], [0, 2], [-1, 0], [1, 1]])
     texts = list("abcdefgh")
     data = StsData("hand", texts[:4], texts[4:], np.array([5.0, 1.0, 2.0, 5.0]))
-    assert evaluate_sts(data, Table(texts, vectors), "cosine")["spearman"] == pytest.approx(100 * 3.5 / np.sqrt(5 * 4.5))
+    assert evaluate_sts(data, Table(texts, vectors), "cosine")["spearman"] == pytest.approx(
+        100 * 3.5 / np.sqrt(5 * 4.5)
+    )
 
 
 def test_equal_cosines_share_their_rank():
@@ -74,14 +76,17 @@ def test_equals_sentence_transformers():
 
 def test_a_collapsed_model_scores_zero():
     data, _ = random_task()
-    assert evaluate_sts(data, lambda texts, _: np.ones((len(texts), 4), np.float32)) == {"spearman": 0, "pearson": 0}
-    assert evaluate_sts(data, lambda texts, _: np.zeros((len(texts), 4), np.float32))["spearman"] == 0
+    assert evaluate_sts(data, lambda texts, _: np.ones((len(texts), 4), np.float32), "cosine") == {
+        "spearman": 0,
+        "pearson": 0,
+    }
+    assert evaluate_sts(data, lambda texts, _: np.zeros((len(texts), 4), np.float32), "cosine")["spearman"] == 0
 
 
 def test_vectors_that_are_not_finite():
     data, _ = random_task()
     with pytest.raises(UserError, match="800 of 800 vectors are not finite"):
-        evaluate_sts(data, lambda texts, _: np.full((len(texts), 4), np.nan, np.float32))
+        evaluate_sts(data, lambda texts, _: np.full((len(texts), 4), np.nan, np.float32), "cosine")
 
 
 def row(**changes):

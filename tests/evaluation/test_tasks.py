@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ def write_sets(folder):
 class Recorder:
     """An embedder that writes down by which method each text came."""
 
-    mesh = None
+    mesh, blueprint = None, types.SimpleNamespace(similarity="cosine")
 
     def __init__(self):
         self.calls = {}
