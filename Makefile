@@ -12,10 +12,10 @@ test bench: export JAX_PLATFORMS ?= cpu
 
 quickstart: $(VENV)/.training
 	$(BIN)/python -m jaxembed.train --config=configs/quickstart.py --workdir=$(RUN)
-	@echo
-	@echo "The report, with curves:  $(RUN)/report/README.md"
-	@echo "Use the model:            $(BIN)/python -c 'from jaxembed import Embedder; print(Embedder.load(\"$(RUN)\").encode([\"read a file\"]).shape)'"
-	@echo "Train on your own pairs:  $(BIN)/python -m jaxembed.train --config=configs/quickstart.py --data=pairs.jsonl --workdir=runs/own"
+	@printf '\n%s\n' 'What to do next:'
+	@printf '  %-17s %s\n' 'read the report' '$(RUN)/report/README.md' \
+	  'use the model' '$(BIN)/python -c "from jaxembed import Embedder; print(Embedder.load('"'$(RUN)'"').encode('"'open a file'"'))"' \
+	  'train on your own' '$(BIN)/python -m jaxembed.train --config=configs/finetune_pairs.py --data=pairs.jsonl --workdir=runs/own'
 
 setup: $(VENV)/.installed
 

@@ -36,9 +36,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "max_position_embeddings": 128,
     }
     c.model.pooling = "mean"
-    c.loss.temperature = 0.05
+    c.loss.temperature = 0.02
     c.loss.symmetric = True
-    c.optimizer.learning_rate = 2e-3
+    c.optimizer.learning_rate = 3e-3
     c.optimizer.warmup_steps = 30
     c.eval.pairs = (f"tfds:{DATA}:test",)
     c.eval.bm25 = True

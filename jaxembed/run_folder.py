@@ -64,6 +64,8 @@ def claim(workdir: pathlib.Path, config: Config, write: bool = True) -> None:
     Raises:
       UserError: the folder cannot be written, or holds a run of another config: the message says what differs.
     """
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={workdir}: is a file, wants a folder (it need not exist yet)")
     if (workdir / CONFIG).exists():
         different = differences(config_lib.to_json(read_config(workdir)), config_lib.to_json(config))
         if different:

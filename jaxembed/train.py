@@ -67,7 +67,9 @@ def _config_dict(asked: Any) -> ConfigDict:
         if hasattr(asked, "to_dict"):
             return asked
     except OSError as error:  # what ml_collections puts in the place of a file that it cannot read
-        raise UserError(f"--config: {error.__cause__}") from error
+        named = flags.FLAGS["config"].config_filename.partition(":")[0]
+        missing = not pathlib.Path(named).exists()
+        raise UserError(f"--config: no such file: {named}" if missing else f"--config: {error.__cause__}") from error
     raise UserError(f"--config: get_config() of that file returns {type(asked).__name__}, wants a ConfigDict")
 
 

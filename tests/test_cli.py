@@ -74,7 +74,7 @@ TRAIN = [CONFIG, "--workdir={run}", "--data={pairs}"]
         ([CONFIG, "--workdir={run}", "--data={folder}/none.jsonl"], "config.data.train[0].path: no such file or"),
         ([CONFIG, "--workdir={run}"], "config.data.train[0].path is empty"),
         (["--config=configs/finetune_pairs.py:huge", "--workdir={run}"], "knows the argument 'tiny', not 'huge'"),
-        (["--config={folder}/none.py", "--workdir={run}"], "No such file or directory: '{folder}/none.py'"),
+        (["--config={folder}/none.py", "--workdir={run}"], "--config: no such file: {folder}/none.py"),
         (["--config={folder}/syntax.py", "--workdir={run}"], "(syntax.py, line 1)"),
         (["--config={folder}/empty.py", "--workdir={run}"], "has no attribute 'get_config'"),
         (["--config={folder}/raises.py", "--workdir={run}"], "{folder}/raises.py:2: RuntimeError: no luck"),
@@ -93,7 +93,7 @@ def test_mistakes_that_are_found_at_once(folder, arguments, message):
     [
         (["--config.mesh.fsdp=2"], "config.mesh: data -1, fsdp 2"),
         (["--data={folder}/broken.jsonl", "--config.batch_size=15"], "{folder}/broken.jsonl:2"),
-        (["--workdir={folder}/file"], "--workdir={folder}/file: "),
+        (["--workdir={folder}/file"], "--workdir={folder}/file: is a file"),
     ],
 )
 def test_mistakes_that_show_when_the_run_is_set_up(folder, tmp_path, arguments, message):

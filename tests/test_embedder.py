@@ -109,14 +109,17 @@ def test_prompts_are_put_before_the_texts(embedder, texts, vectors):
     near(embedder.encode(texts, prompt=PROMPTS["query"]), want)
     near(embedder.encode(texts, prompt_name="passage", prompt=PROMPTS["query"]), want)
     near(embedder.encode(texts[0], prompt_name="query"), want[0])
-    with pytest.raises(UserError, match="prompt_name='document': the model's prompts are query, passage"):
-        embedder.encode(texts, prompt_name="document")
+    near(embedder.encode(texts, prompt_name="document"), vectors)
+    near(embedder.encode(texts, prompt_name=None, prompt=None, show_progress_bar=None, truncate_dim=None), vectors)
+    with pytest.raises(UserError, match="prompt_name='task': the model's prompts are query, document, passage"):
+        embedder.encode(texts, prompt_name="task")
 
 
 def test_queries_and_documents_get_their_prompts(embedder, texts, vectors):
     near(embedder.encode_query(texts), embedder.encode(texts, prompt_name="query"))
-    near(embedder.encode_document(texts), embedder.encode(texts, prompt_name="passage"))
+    near(embedder.encode_document(texts), vectors)  # a prompt called 'passage' is not that of documents
     near(embedder.encode_document(texts[:4], prompt_name="query", batch_size=2), embedder.encode_query(texts[:4]))
+    near(embedder.encode_document(texts[:4], prompt=PROMPTS["query"]), embedder.encode_query(texts[:4]))
     plain = changed(embedder, prompts={})
     near(plain.encode_query(texts), vectors)
     near(plain.encode_document(texts), vectors)
@@ -124,10 +127,36 @@ def test_queries_and_documents_get_their_prompts(embedder, texts, vectors):
     near(both.encode_document(texts), embedder.encode(texts, prompt="do "))
 
 
-def test_the_default_prompt_is_that_of_the_model(embedder, texts):
+def test_the_default_prompt_is_that_of_the_model(embedder, texts, vectors):
     with_default = changed(embedder, default_prompt_name="query")
     near(with_default.encode(texts), embedder.encode_query(texts))
-    near(with_default.encode(texts, prompt_name="passage"), embedder.encode_document(texts))
+    near(with_default.encode(texts, prompt_name="passage"), embedder.encode(texts, prompt_name="passage"))
+    near(with_default.encode(texts, prompt=""), vectors)
+    near(with_default.encode_document(texts), vectors)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"prompts": {}},
+        {"prompts": PROMPTS},
+        {"prompts": PROMPTS | {"document": "vuvu "}, "default_prompt_name": "passage"},
+        {"prompts": {"corpus": "mimi "}, "default_prompt_name": "corpus"},
+    ],
+    ids=lambda settings: "-".join(settings["prompts"]) or "none",
+)
+def test_prompts_are_chosen_as_in_sentence_transformers(embedder, texts, tmp_path, settings):
+    from sentence_transformers import SentenceTransformer
+
+    ours = changed(embedder, **settings)
+    ours.save(tmp_path / "model")
+    theirs = SentenceTransformer(str(tmp_path / "model"), device="cpu")
+    assert list(ours.prompts.items()) == list(theirs.prompts.items())
+    texts = [text for text in texts[:8] if text.strip()]
+    for method in ("encode", "encode_query", "encode_document"):
+        for asked in ({}, {"prompt": ""}, {"prompt": "kaka "}, {"prompt_name": "query"}):
+            got, want = (getattr(model, method)(texts, **asked) for model in (ours, theirs))
+            assert np.abs(got - want).max() <= 1e-5, (method, asked)
 
 
 def test_a_prompt_left_out_of_pooling(folder, texts):
@@ -162,6 +191,9 @@ def test_truncating_and_normalising(embedder, texts, vectors):
     cut = changed(embedder, truncate_dim=8)
     near(cut.encode(texts), vectors[:, :8])
     near(cut.encode(texts, truncate_dim=16), vectors[:, :16])
+    for wrong in ({"truncate_dim": 0}, {"batch_size": -1}):
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            embedder.encode(texts, **wrong)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "dot", "euclidean", "manhattan"])
@@ -177,6 +209,7 @@ def test_similarity_is_that_of_sentence_transformers(embedder, kind):
     a, b = rng.normal(size=(5, 6)).astype(np.float32), rng.normal(size=(7, 6)).astype(np.float32)
     model = changed(embedder, similarity=kind)
     np.testing.assert_allclose(model.similarity(a, b), peer(a, b).numpy(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(model.similarity_pairwise(a, b[:5]), np.diag(peer(a, b[:5])), rtol=1e-5, atol=1e-6)
     assert model.similarity(a[0], b).shape == (1, 7)
     assert model.similarity(a, b).dtype == np.float32
 

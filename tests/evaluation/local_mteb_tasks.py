@@ -36,7 +36,7 @@ class LocalSTS(AbsTaskSTS):
     min_score, max_score = 0, 5
 
     def load_data(self, num_proc=None, **_):
-        self.dataset = DatasetDict(test=Dataset.from_list(rows("sts/stsb-dev.jsonl.gz", 20)))
+        self.dataset = DatasetDict(test=Dataset.from_list(rows("sts/stsb-dev.jsonl.gz", 30)))
         self.data_loaded = True
 
 
@@ -44,9 +44,9 @@ class LocalRetrieval(AbsTaskRetrieval):
     metadata = about("LocalRetrieval", "Retrieval", "ndcg_at_10")
 
     def load_data(self, num_proc=None, **_):
-        pairs = rows("pairs/py_docstrings.jsonl.gz", 60)
+        pairs = rows("pairs/py_docstrings.jsonl.gz", 100)
         corpus = [
-            {"id": f"d{i}", "title": pair["source"], "text": pair["positive"][:200]} for i, pair in enumerate(pairs)
+            {"id": f"d{i}", "title": pair["source"], "text": pair["positive"][:120]} for i, pair in enumerate(pairs)
         ]
         queries = [{"id": f"q{i}", "text": pair["query"]} for i, pair in enumerate(pairs)]
         split = RetrievalSplitData(
@@ -61,11 +61,11 @@ class LocalRetrieval(AbsTaskRetrieval):
 
 class LocalClassification(AbsTaskClassification):
     metadata = about("LocalClassification", "Classification", "accuracy", "t2c")
-    n_experiments = 3
+    n_experiments = 2
 
     def load_data(self, num_proc=None, **_):
-        train, test = rows("classification/trec-train.jsonl.gz", 40), rows("classification/trec-test.jsonl.gz", 6)
-        names = sorted({row["label"] for row in train})
+        train, test = rows("classification/trec-train.jsonl.gz", 60), rows("classification/trec-test.jsonl.gz", 10)
+        names = sorted({row["label"] for row in train + test})
         parts = {"train": train, "test": test}
         self.dataset = DatasetDict(
             {
@@ -79,9 +79,10 @@ class LocalClassification(AbsTaskClassification):
 class LocalClustering(AbsTaskClustering):
     metadata = about("LocalClustering", "Clustering", "v_measure", "t2c")
     max_fraction_of_documents_to_embed = 1.0
+    n_clusters = 2  # k-means runs
 
     def load_data(self, num_proc=None, **_):
-        found = rows("classification/trec-test.jsonl.gz", 5)
+        found = rows("classification/trec-test.jsonl.gz", 8)
         columns = {"sentences": [row["text"] for row in found], "labels": [row["label"] for row in found]}
         self.dataset = DatasetDict(test=Dataset.from_dict(columns))
         self.data_loaded = True

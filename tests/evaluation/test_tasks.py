@@ -1,5 +1,6 @@
 """The evaluation sets of a run: names, prompts, and the evaluate command."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -31,10 +32,11 @@ def write_sets(folder):
 class Recorder:
     """An embedder that writes down by which method each text came."""
 
-    mesh, blueprint = None, types.SimpleNamespace(similarity="cosine")
+    mesh = None
 
     def __init__(self):
         self.calls = {}
+        self.blueprint = types.SimpleNamespace(similarity="cosine")
 
     def _take(self, name, texts):
         self.calls.setdefault(name, []).extend(texts)
@@ -64,6 +66,30 @@ def test_each_kind_of_text_is_encoded_with_its_prompt(tmp_path):
     assert set(recorder.calls["default"]) >= {"a cat sits", "dogs play"}
 
 
+def test_bm25_is_scored_where_it_is_asked_for(tmp_path):
+    _, beir = write_sets(tmp_path)
+    records = tmp_path / "records.jsonl"
+    records.write_text(json.dumps({"query": "two dogs", "positive": "dogs play", "negative": "stocks fell"}) + "\n")
+    sets = EvalConfig(retrieval=(str(beir),), pairs=(str(records),))
+    assert Tasks.read(sets).baselines() == {}
+    tasks = Tasks.read(dataclasses.replace(sets, bm25=True))
+    baselines = tasks.baselines()
+    assert baselines["bm25/retrieval/mini"]["ndcg@10"] == baselines["bm25/pairs/records"]["recall@1"] == 100
+    results = tasks.evaluate(Recorder())
+    assert {f"bm25/{task}" for task in results} == set(baselines)
+    assert results["pairs/records"].keys() == baselines["bm25/pairs/records"].keys()
+
+
+def test_vectors_are_compared_as_the_model_says(tmp_path):
+    sts, beir = write_sets(tmp_path)
+    tasks, model = Tasks.read(EvalConfig(sts=(str(sts),), retrieval=(str(beir),))), Recorder()
+    model.blueprint.similarity = "manhattan"
+    with pytest.raises(UserError, match="by manhattan distance"):
+        tasks.evaluate(model)
+    model.blueprint.similarity = "euclidean"
+    assert set(tasks.evaluate(model)) == {"sts/pairs", "retrieval/mini"}
+
+
 def test_two_sets_of_one_name_are_refused(tmp_path):
     sts, _ = write_sets(tmp_path)
     other = tmp_path / "other"
@@ -75,19 +101,17 @@ def test_two_sets_of_one_name_are_refused(tmp_path):
 
 def test_command_prints_tables_and_a_json_line_last(tmp_path, minilm_dir):
     sts, beir = write_sets(tmp_path)
-    command = [
-        sys.executable,
-        "-m",
-        "jaxembed.evaluate",
-        f"--model={minilm_dir}",
-        f"--sts={sts}",
-        f"--retrieval={beir}",
-    ]
+    labelled = tmp_path / "labelled.jsonl"
+    rows = [("a cat sits", "animal"), ("dogs play", "animal"), ("shares fell", "money"), ("prices rise", "money")]
+    labelled.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows))
+    sets = [f"--sts={sts}", f"--retrieval={beir}", "--bm25", f"--classification={labelled}:{labelled}"]
+    command = [sys.executable, "-m", "jaxembed.evaluate", f"--model={minilm_dir}", *sets]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
     assert figures["eval/sts/pairs"] == pytest.approx(100) and figures["eval/retrieval/mini"] == 100
-    assert "spearman" in done.stdout and "ndcg@10" in done.stdout
+    assert figures["bm25/retrieval/mini"] == figures["eval/classification/labelled"] == 100
+    assert all(word in done.stdout for word in ("spearman", "ndcg@10", "BM25", "accuracy"))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +119,12 @@ def test_command_prints_tables_and_a_json_line_last(tmp_path, minilm_dir):
     [
         ([], "--model is missing"),
         (["--model=x"], "nothing to evaluate on"),
-        (["--model=nowhere/at-all", "--sts=none.jsonl"], "none.jsonl"),
+        (["--model=x", "--bm25", "--sts=none.jsonl"], "--bm25 searches the sets of --retrieval and --pairs"),
+        (["--model=nowhere/at-all", "--sts=none.jsonl"], "--sts: no such file or folder: none.jsonl"),
+        (["--model=x", "--retrieval=none"], "--retrieval: no such file or folder: none"),
+        (["--model=x", "--pairs=none.jsonl"], "--pairs: no such file or folder: none.jsonl"),
+        (["--model=x", "--classification=none.jsonl:also"], "--classification: no such file or folder: none.jsonl"),
+        (["--model=x", "--mteb=none.py:Task"], "none.py"),
     ],
 )
 def test_mistakes_are_one_line_and_code_2(flags, said):
