@@ -21,7 +21,7 @@ DATA = "py_docstrings"
 def get_config(arg: str | None = None) -> ConfigDict:
     """Returns the config; `arg` is '' or 'tiny'."""
     c = default_config()
-    c.steps = 300
+    c.steps = 200
     c.batch_size = 256
     c.data.train[0].source, c.data.train[0].name = "tfds", DATA
     c.data.max_length.query, c.data.max_length.document = 48, 128
@@ -36,13 +36,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "max_position_embeddings": 128,
     }
     c.model.pooling = "mean"
-    c.loss.temperature = 0.02
+    c.loss.temperature = 0.05
     c.loss.symmetric = True
-    c.optimizer.learning_rate = 3e-3
+    c.optimizer.learning_rate = 2e-3
     c.optimizer.warmup_steps = 30
     c.eval.pairs = (f"tfds:{DATA}:test",)
     c.eval.bm25 = True
-    c.eval.every = 100
+    c.eval.every = 50
     c.checkpoint.every = 100
     if arg == "tiny":
         c.steps, c.batch_size = 20, 16

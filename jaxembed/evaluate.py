@@ -40,7 +40,7 @@ def main() -> None:
     from jaxembed.evaluation.report import flat_scores, mteb_table, scores_tables
     from jaxembed.evaluation.tasks import Tasks
 
-    tasks, mteb_tasks = Tasks.read(sets), open_tasks(flag.mteb) if flag.mteb else []
+    tasks, mteb_tasks = Tasks.read(sets, "--"), open_tasks(flag.mteb) if flag.mteb else []
     embedder = Embedder.load(flag.model, dtype=flag.dtype)
     results, baselines = tasks.evaluate(embedder, show_progress_bar=True), tasks.baselines()
     scores, failures = [], []

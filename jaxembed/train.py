@@ -18,6 +18,7 @@ from ml_collections import ConfigDict, config_flags
 from jaxembed import cli, config
 from jaxembed.data.sources import check_place, parse_spec
 from jaxembed.errors import UserError
+from jaxembed.evaluation.sets import require_sets
 from jaxembed.host_memory import keep_freed_memory
 from jaxembed.loggers import require_packages
 from jaxembed.stages import stages_of
@@ -95,16 +96,7 @@ def require_files(resolved: config.Config) -> None:
         own = stage.config.data.train != resolved.data.train
         for j, source in enumerate(stage.config.data.train):
             check_place(source, f"config.{f'stages[{i}].' * own}data.train[{j}].path")
-    for spec in resolved.eval.pairs:
-        check_place(config.SourceConfig(**parse_spec(spec)), "config.eval.pairs")
-    named = [("config.eval.sts", path) for path in resolved.eval.sts]
-    named += [("config.eval.retrieval", path) for path in resolved.eval.retrieval]
-    for spec in resolved.eval.classification:
-        files = (spec,) if pathlib.Path(spec).expanduser().is_dir() else spec.split(":")
-        named += [("config.eval.classification", file) for file in files]
-    for field, path in named:
-        if not pathlib.Path(path).expanduser().exists():
-            raise UserError(f"{field}: no such file or folder: {path}")
+    require_sets(resolved.eval, "config.eval.")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())  # also while tokenising and exporting, which are then finished
         mesh = sharding.make_mesh(config.mesh)
-        tasks = Tasks.read(config.eval)  # before anything slow: a missing file shows at once
+        tasks = Tasks.read(config.eval, "config.eval.")  # before anything slow: a missing file shows at once
         blueprint, load = model_source.open_source(config, workdir)
         run_folder.claim(workdir, config, write=main_process)
         stack.enter_context(run_folder.disk_errors(workdir))

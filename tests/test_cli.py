@@ -128,7 +128,7 @@ def test_mistakes_with_export(folder, arguments, message):
 
 
 def test_what_answers_at_once_imports_nothing_heavy():
-    modules = ", ".join(f"jaxembed.{name}" for name in ("cli", "train", "export", "report", "config_check"))
+    modules = ", ".join(f"jaxembed.{name}" for name in ("cli", "train", "export", "evaluate", "report", "config_check"))
     code = f"import sys, {modules}; print(*sys.modules)"
     result = python("-c", code)
     assert result.returncode == 0, result.stderr

@@ -19,7 +19,8 @@ def read_pairs(spec: str, where: str) -> RetrievalData:
     The documents are the distinct positives and hard negatives of all records; those that are equal as strings are one.
     A query that several records share has the positives of them all, each with gain 1. What training never takes for
     a query's negative is no wrong answer here either, and is left out of its ranking: documents of other records of its
-    group (or of its label, where there is no group), the query itself, and texts that it answers in another record.
+    group (or of its label, where there is no group) but its own hard negatives, the query itself, and texts that it
+    answers in another record. Scores that records may have are not looked at.
 
     Args:
       spec: a file, folder or glob, 'tfds:NAME[:SPLIT]' or 'hf:NAME[:SPLIT]': see `sources.parse_spec`.
@@ -36,7 +37,8 @@ def read_pairs(spec: str, where: str) -> RetrievalData:
     documents: set[str] = set()
     for record in RecordReader(source, "error", where):
         positives, group = record.positives, _group(record)
-        gains.setdefault(record.query, {}).update(dict.fromkeys(positives, 1.0))
+        known = gains.setdefault(record.query, {})
+        known.update(dict.fromkeys(record.negatives, 0.0) | known | dict.fromkeys(positives, 1.0))
         documents.update(positives, record.negatives)
         if group:
             groups_of[record.query].add(group)
@@ -44,10 +46,11 @@ def read_pairs(spec: str, where: str) -> RetrievalData:
         for positive in positives:
             answered_by[positive].add(record.query)
     in_group = {group: frozenset(texts) for group, texts in texts_of.items()}
-    left_out = [
-        (frozenset(documents & {query, *answered_by[query]}), *(in_group[group] for group in groups_of[query]))
-        for query in gains
-    ]
+    left_out = []
+    for query, known in gains.items():
+        same = frozenset(documents & {query, *answered_by[query]})
+        gains[query] = {text: gain for text, gain in known.items() if gain or text not in same}
+        left_out.append((same, *(in_group[group] for group in groups_of[query])))
     # Sorted, so that equal scores are not ranked in an order that has to do with the answers.
     ordered = sorted(documents)
     return RetrievalData(set_name(source), list(gains), list(gains), ordered, ordered, list(gains.values()), left_out)

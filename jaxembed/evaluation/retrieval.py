@@ -28,9 +28,10 @@ class RetrievalData:
       query_ids, queries: the ids and texts of the queries with an answer.
       document_ids, documents: ids and texts, in the order of the ids: a search that ranks equal scores by document
         number then ranks them by id, as sentence-transformers does.
-      gains: per query, gain > 0 by document id. Ids that the corpus lacks count as answers that are never found.
+      gains: per query, gain by document id: above 0 for answers, one at least, 0 for documents that are known to be
+        none. Ids that the corpus lacks count as answers that are never found.
       left_out: per query, sets of document ids (the queries may share them) that are neither right nor wrong: not
-        ranked for it, unless they have a gain.
+        ranked for it, unless `gains` names them.
     """
 
     name: str
@@ -136,7 +137,7 @@ def _metrics(found_QxK: np.ndarray, gains: list[dict[str, float]]) -> dict[str, 
     for ideal, gain in zip(ideal_Qx10, gains):
         best = sorted(gain.values(), reverse=True)[:10]
         ideal[: len(best)] = best
-    relevant_Q = np.array([len(gain) for gain in gains])
+    relevant_Q = np.array([sum(value > 0 for value in gain.values()) for gain in gains])
     hits_QxK = found_QxK > 0
     precision_QxK = hits_QxK.cumsum(1) / ranks_K
     metrics_Q = {

@@ -39,14 +39,18 @@ class Tasks:
     bm25: bool
 
     @classmethod
-    def read(cls, config: EvalConfig) -> "Tasks":
+    def read(cls, config: EvalConfig, prefix: str) -> "Tasks":
         """Reads the sets.
+
+        Args:
+          config: names them.
+          prefix: what messages put before a set's field: 'config.eval.' or '--'.
 
         Raises:
           UserError: one is missing or broken, or two have the same name.
         """
         beir = _by_name("retrieval", map(read_retrieval, config.retrieval))
-        pairs = _by_name("pairs", (read_pairs(spec, f"eval.pairs[{i}]") for i, spec in enumerate(config.pairs)))
+        pairs = _by_name("pairs", (read_pairs(spec, f"{prefix}pairs") for spec in config.pairs))
         classification = _by_name("classification", map(read_classification, config.classification))
         return cls(_by_name("sts", map(read_sts, config.sts)), beir | pairs, classification, config.bm25)
 

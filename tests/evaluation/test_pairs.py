@@ -29,7 +29,7 @@ def test_distinct_texts_are_the_documents(tmp_path):
     assert data.name == "held-out"
     assert data.documents == data.document_ids == ["a", "b", "c", "n"]
     assert data.queries == ["q1", "q2"]
-    assert data.gains == [{"a": 1.0, "b": 1.0, "c": 1.0}, {"a": 1.0}]
+    assert data.gains == [{"a": 1.0, "b": 1.0, "c": 1.0, "n": 0.0}, {"a": 1.0, "b": 0.0}]
     assert not any(set().union(*sets) for sets in data.left_out)
 
 
@@ -46,19 +46,20 @@ def test_what_is_neither_right_nor_wrong(tmp_path):
         {"query": "q2", "positive": "b", "negative": "n", "group": "g"},
         {"query": "q3", "positive": "c", "label": "g"},  # another kind of group
         {"query": "q4", "positive": "d", "label": "g"},
-        {"query": "a", "positive": "x"},  # a query that is a document
+        {"query": "a", "positive": "x", "negative": "a"},  # a query that is a document
         {"query": "x", "positive": "q5"},  # it answers `a`, which is hence no wrong answer to it
         {"query": "q5", "positive": "y"},
     )
     assert left_out(data) == {
         "q1": {"b", "n"},
-        "q2": {"a", "n"},
+        "q2": {"a"},
         "q3": {"d"},
         "q4": {"c"},
         "a": {"a"},
         "x": {"x", "a"},
         "q5": {"q5", "x"},
     }
+    assert data.gains[data.queries.index("q2")] == {"b": 1.0, "n": 0.0}  # its own hard negative is wrong
 
 
 def test_left_out_documents_take_no_place_in_the_ranking(tmp_path):
@@ -73,6 +74,13 @@ def test_left_out_documents_take_no_place_in_the_ranking(tmp_path):
     found = len(group) / len(data.queries)
     assert scores["recall@1"] == pytest.approx(100 * found) == scores["ndcg@10"]
     assert scores["recall@100"] == pytest.approx(100 * found)  # `far` stands behind 120 others
+
+
+def test_an_own_hard_negative_is_wrong_in_any_group(tmp_path):
+    data = read(tmp_path, {"query": "q", "positive": "far", "negative": "near", "group": "g"})
+    place = {"q": [1.0, 0.0], "near": [1.0, 0.1], "far": [1.0, 1.0]}
+    scores = evaluate_retrieval(data, lambda texts, _: np.array([place[text] for text in texts]), top_k, "cosine")
+    assert scores["mrr@10"] == 50 and scores["recall@10"] == 100
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ class Recorder:
 def test_each_kind_of_text_is_encoded_with_its_prompt(tmp_path):
     sts, beir = write_sets(tmp_path)
     recorder = Recorder()
-    results = Tasks.read(EvalConfig(sts=(str(sts),), retrieval=(str(beir),))).evaluate(recorder)
+    results = Tasks.read(EvalConfig(sts=(str(sts),), retrieval=(str(beir),)), "--").evaluate(recorder)
     assert set(results) == {"sts/pairs", "retrieval/mini"}
     assert recorder.calls["query"] == ["where is the cat"]
     assert sorted(recorder.calls["document"]) == [
@@ -71,8 +71,8 @@ def test_bm25_is_scored_where_it_is_asked_for(tmp_path):
     records = tmp_path / "records.jsonl"
     records.write_text(json.dumps({"query": "two dogs", "positive": "dogs play", "negative": "stocks fell"}) + "\n")
     sets = EvalConfig(retrieval=(str(beir),), pairs=(str(records),))
-    assert Tasks.read(sets).baselines() == {}
-    tasks = Tasks.read(dataclasses.replace(sets, bm25=True))
+    assert Tasks.read(sets, "--").baselines() == {}
+    tasks = Tasks.read(dataclasses.replace(sets, bm25=True), "--")
     baselines = tasks.baselines()
     assert baselines["bm25/retrieval/mini"]["ndcg@10"] == baselines["bm25/pairs/records"]["recall@1"] == 100
     results = tasks.evaluate(Recorder())
@@ -82,7 +82,7 @@ def test_bm25_is_scored_where_it_is_asked_for(tmp_path):
 
 def test_vectors_are_compared_as_the_model_says(tmp_path):
     sts, beir = write_sets(tmp_path)
-    tasks, model = Tasks.read(EvalConfig(sts=(str(sts),), retrieval=(str(beir),))), Recorder()
+    tasks, model = Tasks.read(EvalConfig(sts=(str(sts),), retrieval=(str(beir),)), "--"), Recorder()
     model.blueprint.similarity = "manhattan"
     with pytest.raises(UserError, match="by manhattan distance"):
         tasks.evaluate(model)
@@ -96,7 +96,7 @@ def test_two_sets_of_one_name_are_refused(tmp_path):
     other.mkdir()
     (other / "pairs.jsonl").write_text(sts.read_text())
     with pytest.raises(UserError, match="pairs"):
-        Tasks.read(EvalConfig(sts=(str(sts), str(other / "pairs.jsonl"))))
+        Tasks.read(EvalConfig(sts=(str(sts), str(other / "pairs.jsonl"))), "--")
 
 
 def test_command_prints_tables_and_a_json_line_last(tmp_path, minilm_dir):
