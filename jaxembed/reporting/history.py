@@ -48,10 +48,12 @@ class History:
     Attributes:
       series: of each number by its name in metrics.jsonl.
       stages: the run's stages with the first step that was logged in each; empty for a run without.
+      before: the last step that was logged before these; 0 for none.
     """
 
     series: Mapping[str, Series]
     stages: tuple[tuple[str, int], ...]
+    before: int = 0
 
     @classmethod
     def read(cls, workdir: pathlib.Path, until: int | None = None) -> "History":
@@ -101,7 +103,7 @@ class History:
         if "pairs_per_s" not in self.series:
             return 0.0
         pairs, rate = self.series["pairs"], self.series["pairs_per_s"]
-        return float(np.sum(np.diff(pairs.steps, prepend=0) * pairs.values / np.maximum(rate.values, 1e-9)))
+        return float(np.sum(np.diff(pairs.steps, prepend=self.before) * pairs.values / np.maximum(rate.values, 1e-9)))
 
     def typical(self, name: str) -> float | None:
         """Returns a metric's median after the first steps, in which compilation falls; None where it was not logged."""
@@ -112,12 +114,14 @@ class History:
 
     def between(self, first: int, last: float) -> "History":
         """Returns the part from step `first` up to, not with, step `last`."""
-        parts = {}
+        parts, before = {}, self.before
         for name, (steps, values) in self.series.items():
-            inside = slice(*np.searchsorted(steps, (first, last)))
-            if len(steps[inside]):
-                parts[name] = Series(steps[inside], values[inside])
-        return History(parts, tuple((name, step) for name, step in self.stages if first <= step < last))
+            start, end = np.searchsorted(steps, (first, last))
+            if start:
+                before = max(before, int(steps[start - 1]))
+            if start < end:
+                parts[name] = Series(steps[start:end], values[start:end])
+        return History(parts, tuple((name, step) for name, step in self.stages if first <= step < last), before)
 
     def by_stage(self) -> list[tuple[str, "History"]]:
         """Returns the part of each stage; a run without stages is one, called ''."""

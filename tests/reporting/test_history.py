@@ -58,6 +58,14 @@ def test_time_counts_steps_that_were_not_logged(tmp_path):
     assert History.read(tmp_path).seconds() == 9 * 2
 
 
+def test_the_stages_share_out_the_time(workdir, tmp_path):
+    history = History.read(workdir)
+    assert sum(part.seconds() for _, part in history.by_stage()) == pytest.approx(history.seconds())
+    lines = [{"step": n, "stage": f"s{n > 8}", "pairs": 10, "pairs_per_s": 5.0} for n in (4, 8, 12, 16)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [part.seconds() for _, part in History.read(tmp_path).by_stage()] == [16, 16]
+
+
 def test_a_run_without_metrics_has_no_history(tmp_path):
     history = History.read(tmp_path)
     assert not history.series and history.last_step == 0 and history.seconds() == 0 and history.tasks == []
