@@ -9,6 +9,10 @@ or, in an environment of one's own,
 A tokenizer and a one-layer encoder are trained on the functions of the standard library and of the packages that
 training needs; whole files are held out, and searched before, during and after, with BM25 beside. `:tiny` makes every
 size small enough for a laptop's first minute.
+
+Run, with the versions of constraints.txt and Python 3.11 (21,437 pairs to train on, 1,563 to search): nDCG@10 9.0 →
+65.7 (BM25 64.1), recall@1 49.2 (BM25 46.4). The pairs are few, and soon learnt by heart: 300 steps at temperature 0.02
+and learning rate 3e-3 ended at 63.4.
 """
 
 from ml_collections import ConfigDict
