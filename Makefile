@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE ?= 1
 # Tests and benchmarks are about the CPU unless told otherwise; the quickstart takes whatever device jax finds.
 test bench: export JAX_PLATFORMS ?= cpu
 
-.PHONY: quickstart setup test lint format bench clean
+.PHONY: quickstart setup test lint format docs bench clean
 
 quickstart: $(VENV)/.training
 	$(BIN)/python -m jaxembed.train --config=configs/quickstart.py --workdir=$(RUN)
@@ -42,9 +42,14 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: setup
+	$(BIN)/python -m docs.make_config
+
 bench: setup
 	$(BIN)/python -m benchmarks.plan_scale
 	$(BIN)/python -m benchmarks.train_cpu
+	$(BIN)/python -m benchmarks.mteb_parity
+	$(BIN)/python -m benchmarks.wrong_inputs
 
 clean:
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache

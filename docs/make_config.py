@@ -15,8 +15,8 @@ HEAD = """# Every field of the config
 
 *Made by `make docs` from `jaxembed/config.py`; change that file, not this page.*
 
-A config file has a function `get_config(arg)` that changes `default_config()`. Any field can be set by a flag, in quotes
-where a shell reads brackets (zsh does):
+A config file has a function `get_config(arg)` that changes `default_config()`. Any field can be set by a flag, in
+quotes where a shell reads brackets (zsh does):
 
 ```bash
 python -m jaxembed.train --config=configs/finetune_pairs.py --workdir=runs/first --data=pairs.jsonl \\
