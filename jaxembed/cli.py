@@ -32,8 +32,8 @@ def run(main: Callable[[], None], doc: str) -> None:
 
 
 def _is_no_traceback_of_orbax(record: LogRecord) -> bool:
-    """Leaves out what orbax logs of an error in its threads, which it then raises again in ours."""
-    return not (record.exc_info and "orbax" in record.pathname)
+    """Leaves out what is logged of an error in orbax's threads and tasks: it is raised again in ours."""
+    return not (record.exc_info and "orbax" in record.pathname + record.getMessage())
 
 
 def _show_unless_of_tensorstore(unraisable: "sys.UnraisableHookArgs") -> None:
