@@ -3,8 +3,8 @@
     python -m benchmarks.mteb_parity
 
 The real MiniLM, as it is and with prompts for queries and passages, on four kinds of tasks: similarity (STS-B dev),
-retrieval (SciFact), classification and clustering (TREC questions). Prints both scores; the last line is JSON. The data
-are looked for in $JAXEMBED_DATA. Takes some minutes: SciFact's documents are encoded twice in torch.
+retrieval (SciFact, the documents that answer a query and every eighth other), classification and clustering (TREC
+questions). Prints both scores; the last line is JSON. The data are looked for in $JAXEMBED_DATA. Takes some minutes.
 """
 
 import gzip
@@ -31,6 +31,7 @@ from jaxembed.embedder import Embedder
 from jaxembed.evaluation.mteb_tasks import run_tasks
 
 DATA = pathlib.Path(os.environ.get("JAXEMBED_DATA", "../shared/data"))
+OTHERS = 8  # every which of the documents that answer nothing is searched
 CLUSTERED = 1000  # texts
 PROMPTS = {"no prompts": {}, "query, passage": {"query": "query: ", "passage": "passage: "}}
 
@@ -69,7 +70,7 @@ class Similarity(AbsTaskSTS):
 
 
 class Retrieval(AbsTaskRetrieval):
-    """SciFact, all of its queries."""
+    """SciFact: all of its queries, some of its documents."""
 
     metadata = about("SciFact", "Retrieval", "ndcg_at_10")
 
@@ -80,6 +81,8 @@ class Retrieval(AbsTaskRetrieval):
             query, document, score = line.split("\t")
             relevant.setdefault(query, {})[document] = int(score)
         corpus, queries = (rows(f"retrieval/scifact/{name}.jsonl.gz") for name in ("corpus", "queries"))
+        answers = set().union(*relevant.values())
+        corpus = [row for i, row in enumerate(corpus) if i % OTHERS == 0 or row["_id"] in answers]
         split = RetrievalSplitData(
             corpus=Dataset.from_list([{"id": r["_id"], "title": r["title"], "text": r["text"]} for r in corpus]),
             queries=Dataset.from_list([{"id": r["_id"], "text": r["text"]} for r in queries if r["_id"] in relevant]),
