@@ -7,7 +7,6 @@ so at its end; this makes it anew, also while training is going on.
 """
 
 import json
-import os
 import pathlib
 import sys
 
@@ -15,6 +14,7 @@ from absl import flags
 
 from jaxembed import cli
 from jaxembed.errors import UserError
+from jaxembed.run_folder import write_whole
 
 FOLDER = "report"
 
@@ -40,9 +40,7 @@ def write_report(workdir: pathlib.Path) -> None:
     folder = workdir / FOLDER
     folder.mkdir(exist_ok=True)
     for name, content in ((curves.NAME, picture), ("README.md", report(record).encode())):
-        part = folder / f".{name}.{os.getpid()}.tmp"
-        part.write_bytes(content)
-        os.replace(part, folder / name)
+        write_whole(folder / name, content)
 
 
 def main() -> None:

@@ -116,15 +116,16 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
     if isinstance(old, list | tuple) and isinstance(new, list | tuple) and len(old) == len(new):
         pairs = enumerate(zip(old, new))
         return [line for i, (a, b) in pairs for line in differences(a, b, f"{where}[{i}]")]
-    return [] if _plain(old) == _plain(new) else [f"{where}: {old!r} → {new!r}"]
+    return [] if old == new else [f"{where}: {old!r} → {new!r}"]
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes JSON so that the file is whole or not there."""
-    part = path.with_suffix(f".{os.getpid()}.tmp")
-    part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_whole(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_whole(path: pathlib.Path, content: bytes) -> None:
+    """Writes a file so that it is whole or not there."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    part.write_bytes(content)
     os.replace(part, path)
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value))
