@@ -61,7 +61,10 @@ class SourceConfig:
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)  # our field → the file's column
     weight: float = 1.0  # how often a record is drawn, relative to records of other sources
     prompt: PromptConfig = PromptConfig()
+    share: float = 0.0  # fixed part of every step's pairs, of all sources or of none; 0 = by `weight`
+    losses: tuple[str, ...] = ()  # labels of the losses that it trains; () = all
     in_batch: bool = True  # False: only a record's own hard negatives are its negatives
+    cross_device: bool = True  # False: in-batch negatives come from one device's share of the batch only
     negatives_from: str = "source"  # in-batch negatives come from the same 'source' or from 'all'
     licence: str = ""  # of the texts, for the model card; '' = what the data set says of itself, else unknown
 
@@ -83,6 +86,7 @@ class DataConfig:
     row_length: str = AUTO  # tokens in a packed row; 'auto' = the shortest that serves
     positives: int = 1  # positives of a record used in a step (drawn anew each time, where it has more)
     negatives: int = 7  # hard negatives of a record used in a step, at the most
+    one_source: float = 0.0  # part of each step's pairs that come from one source, in turns; 1 = all of them, 0 = mixed
     cache_dir: str = "~/.cache/jaxembed"  # of tokenised texts
     on_bad_record: str = "error"  # 'error' | 'skip' (they are counted and reported)
     prefetch: int = 4  # batches prepared ahead
@@ -90,13 +94,51 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """The objective. See `jaxembed.losses` for what each name needs."""
+    """An objective. Each takes some of these fields, and a field that it does not take must be left alone."""
 
     name: str = "infonce"  # see the table of losses in README.md
+    label: str = ""  # what metrics and sources call it; '' = its name
+    weight: float = 1.0  # in the sum of several losses
     temperature: float = 0.05  # divides the similarities; where the learned one starts
     learn_temperature: bool = False  # one scalar, trained with the weights
-    symmetric: bool = False  # also documents → queries
+    blocks: tuple[str, ...] = ("qd",)  # who is compared with whose negatives: 'qd', 'dq', 'qq', 'dd' (query, document)
+    partition: str = "joint"  # one sum over all blocks, 'joint', or a loss for each block, averaged, 'separate'
+    hard_negatives: str = "all"  # a query meets the hard negatives of 'all' pairs in its scope, or its 'own' only
+    false_negatives: str = "keep"  # leave out negatives too like the positive: 'absolute' | 'relative' | by 'teacher'
+    false_negative_margin: float = 0.1  # … that score above the positive's score + margin (or · (1 + margin))
+    false_negative_blocks: tuple[str, ...] = ("qd", "dq", "qq", "dd")  # where they are left out
+    margin: float = 0.0  # infonce: taken off the positive's similarity; triplet: what a negative must stay behind
+    hardness: float = 0.0  # weight exp(hardness · similarity) of negatives
+    hardness_of: str = "own"  # … of the pair's 'own' hard negatives, of those 'in_batch', or of 'all'
+    focal: float = 0.0  # exponent of the weight (1 − probability of the positive)
+    mixed_negatives: int = 0  # hard negatives mixed from a pair's own ones, per query
+    penalty: float = 0.1  # clp: weight of the penalty
+    bias: float = -10.0  # sigmoid: where the learned bias starts
+    distance: str = "cosine"  # triplet: 'cosine' | 'euclidean'
+    teacher_temperature: float = 0.05  # kl: divides the teacher's scores
+    similarity_weight: float = 0.0  # match: weight of the difference between the two similarity matrices
+    exchange: str = AUTO  # how devices meet the others' texts: 'gather' | 'ring'; 'auto' = by the memory it needs
+    precision: str = "float32"  # of the similarities' products: 'float32' | 'bfloat16' (summed in float32)
     tile: int = 2048  # edge of the tiles of the similarity matrix
+
+
+@dataclasses.dataclass(frozen=True)
+class MatryoshkaConfig:
+    """Vectors that serve at several widths, and backbones at several depths: the losses' sum over these sizes."""
+
+    dims: tuple[int, ...] = ()  # widths beside the full one
+    layers: tuple[int, ...] = ()  # depths beside the full one, in layers from the first
+    pairs: str = "all"  # every width at every depth, 'all', or the i-th width at the i-th depth, 'zip' (Starbucks)
+    weights: tuple[float, ...] = ()  # of the full size, then of the others in the order of the table in the log; () = 1
+    kl: float = 0.0  # weight of the divergence of smaller sizes' similarities from the full size's
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherConfig:
+    """A frozen model whose vectors some losses use: guides (GISTEmbed) and teachers (embedding matching)."""
+
+    init: str = ""  # 'hf:FOLDER' | 'hf:ORG/NAME@REVISION' | 'run:DIR[@STEP|@best]'; '' = none
+    dtype: str = "float32"  # of its computation: 'float32' | 'bfloat16'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +203,9 @@ class Config:
     # named texts, put before the model's texts and saved with it; 'query' and 'document' serve training
     prompts: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"query": "", "document": ""})
     loss: LossConfig = LossConfig()
+    losses: tuple[LossConfig, ...] = ()  # several, summed by their weights; () = `loss` alone
+    matryoshka: MatryoshkaConfig = MatryoshkaConfig()
+    teacher: TeacherConfig = TeacherConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     grad_cache: int = 1  # micro-batches per step (GradCache); 1 = off
@@ -182,6 +227,23 @@ CHOICES = {
     "data.train[].source": (AUTO, "jsonl", "parquet", "tfds", "hf"),
     "data.train[].format": ("jaxembed", "st", "flagembedding", "tevatron"),
     "data.train[].negatives_from": ("source", "all"),
+    **{
+        f"{loss}.{field}": choices
+        for loss in ("loss", "losses[]")
+        for field, choices in {
+            "blocks[]": ("qd", "dq", "qq", "dd"),
+            "partition": ("joint", "separate"),
+            "hard_negatives": ("all", "own"),
+            "false_negatives": ("keep", "absolute", "relative", "teacher"),
+            "false_negative_blocks[]": ("qd", "dq", "qq", "dd"),
+            "hardness_of": ("own", "in_batch", "all"),
+            "distance": ("cosine", "euclidean"),
+            "exchange": (AUTO, "gather", "ring"),
+            "precision": ("float32", "bfloat16"),
+        }.items()
+    },
+    "matryoshka.pairs": ("all", "zip"),
+    "teacher.dtype": ("float32", "bfloat16"),
     "log_to[]": ("tensorboard", "wandb"),
     "optimizer.schedule": ("constant", "linear", "cosine"),
 }

@@ -56,16 +56,13 @@ class StepInfo:
 
 
 def lay_out(step: StepPlan, n_bins: int, row_length: int) -> Layout:
-    """Deals a step's texts to bins and packs each bin, deterministically."""
-    n_texts = step.texts_BxT.shape[1]
-    query_lengths, document_lengths = step.lengths_BxT[:, 0], step.lengths_BxT[:, 1:].reshape(-1)
-    bin_of_query = deal(query_lengths, n_bins)
-    loads = np.bincount(bin_of_query, weights=query_lengths, minlength=n_bins).astype(np.int64)
-    bin_of_document = deal(document_lengths, n_bins, loads)
-    pair = np.argsort(bin_of_query, kind="stable").reshape(n_bins, -1)
-    document = np.argsort(bin_of_document, kind="stable").reshape(n_bins, -1)
-    document_pair, document_place = np.divmod(document, n_texts - 1)
-    texts_BinsxN = np.concatenate([pair * n_texts, document_pair * n_texts + 1 + document_place], axis=1)
+    """Deals a step's pairs to bins and packs each bin, deterministically. All texts of a pair lie in one bin."""
+    n_texts = step.lengths_BxT.shape[1]
+    bin_of_pair = deal(step.lengths_BxT.sum(axis=1), n_bins)
+    pair_BinsxQ = np.argsort(bin_of_pair, kind="stable").reshape(n_bins, -1)
+    first_BinsxQ = pair_BinsxQ * n_texts
+    documents = first_BinsxQ[:, :, None] + np.arange(1, n_texts)
+    texts_BinsxN = np.concatenate([first_BinsxQ, documents.reshape(n_bins, -1)], axis=1)
     packed = [pack(lengths, row_length) for lengths in step.lengths_BxT.reshape(-1)[texts_BinsxN]]
     rows_BinsxN = np.stack([rows for rows, _ in packed])
     starts_BinsxN = np.stack([starts for _, starts in packed])
@@ -129,7 +126,7 @@ class BatchBuilder:
 
         Returns:
           Batch: rows [M, S · r, L], shard s owning rows s · r … (s + 1) · r - 1 of every micro-batch; queries [B] and
-          documents [B · (P + K)] in the order (shard, micro-batch, slot), whole whatever `shards` is.
+          documents [B, P + K] in the order (shard, micro-batch, slot), whole whatever `shards` is.
         """
         step = self.plan.step(n)
         layout = lay_out(step, self.shards * self.micro_batches, self.row_length)
@@ -150,11 +147,10 @@ class BatchBuilder:
     def _relate(self, step: StepPlan, layout: Layout) -> tuple[Texts, Texts]:
         """Returns the relation in the order (bin, slot)."""
         n_texts = self.plan.texts_per_pair
-        n_queries = layout.texts_BinsxN.shape[1] // n_texts
-        query_order = layout.texts_BinsxN[:, :n_queries].reshape(-1) // n_texts
-        pair, place = np.divmod(layout.texts_BinsxN[:, n_queries:].reshape(-1), n_texts)
-        queries, documents = relation(self.plan, step)
-        return _reorder(queries, query_order), _reorder(documents, pair * (n_texts - 1) + place - 1)
+        n_pairs = layout.texts_BinsxN.shape[1] // n_texts
+        order = layout.texts_BinsxN[:, :n_pairs].reshape(-1) // n_texts
+        queries, documents = relation(self.plan, step, self.shards)
+        return _reorder(queries, order), _reorder(documents, order)
 
     def _fill(self, step: StepPlan, layout: Layout, rung: int, shards: Sequence[int]) -> Rows:
         """Copies the tokens of these shards' texts into their rows."""

@@ -10,29 +10,34 @@ from jaxembed.data.plan import Plan, StepPlan
 _PARTNERS = 16  # of a record's positives, so many are known to its query (more where a step uses more)
 
 
-def relation(plan: Plan, step: StepPlan) -> tuple[Texts, Texts]:
+def relation(plan: Plan, step: StepPlan, shards: int) -> tuple[Texts, Texts]:
     """Describes all texts of a step.
 
     Numbers of texts and groups are dense in this step, made from the 64-bit hashes of the caches: equal hashes, equal
     numbers, on both sides. Hard negatives count as rows of no loss (weight 0), void slots likewise.
 
+    Args:
+      plan: the run's.
+      step: the plan of this step.
+      shards: parts of the batch that a source with `cross_device = False` keeps apart.
+
     Returns:
-      Queries, NumPy arrays [B]; and documents, [B · (P + K)]: of each pair its positives, then its hard negatives.
+      Queries, NumPy arrays [B]; and documents, [B, P + K]: of each pair its positives, then its hard negatives.
       A query's `partners` are all the positives of its record, those not drawn included, up to 16 or P columns.
     """
     n_pairs, n_texts = step.texts_BxT.shape
     pair_B = np.arange(n_pairs, dtype=np.int32)
     real_BxD = step.texts_BxT[:, 1:] >= 0
     positive_BxD = real_BxD & (np.arange(n_texts - 1) < plan.positives)
-    rank_BxD = np.where(positive_BxD, np.arange(n_texts - 1), HARD_NEGATIVE)
     text_BxT, partners_BxW = _text_numbers(plan, step)
     group_B = _group_numbers(plan, step)
-    scope_B = np.array([_scope(plan, s) for s in range(len(plan.sources))], np.int32)[step.source_B]
+    pool_B, scope_B = _pools(plan, step, shards)
     score_BxT = plan.take(step.source_B, np.maximum(step.texts_BxT, 0), lambda cache, text: cache.scores[text])
 
     def of_documents(value_B: np.ndarray, void: int, present_BxD: np.ndarray = real_BxD) -> np.ndarray:
-        return np.where(present_BxD, value_B[:, None], void).reshape(-1)
+        return np.where(present_BxD, value_B[:, None], void)
 
+    everywhere = np.ones_like(real_BxD)
     queries = _texts(
         pair=pair_B,
         rank=np.zeros_like(pair_B),
@@ -40,20 +45,22 @@ def relation(plan: Plan, step: StepPlan) -> tuple[Texts, Texts]:
         partners=partners_BxW,
         group=group_B,
         source=step.source_B,
+        pool=pool_B,
         scope=scope_B,
         weight=np.ones(n_pairs),
         score=np.full(n_pairs, np.nan),
     )
     documents = _texts(
         pair=of_documents(pair_B, VOID),
-        rank=rank_BxD.reshape(-1),
-        text=text_BxT[:, 1:].reshape(-1),
-        partners=of_documents(text_BxT[:, 0], NO_TEXT, positive_BxD)[:, None],
+        rank=np.where(positive_BxD, np.arange(n_texts - 1), HARD_NEGATIVE),
+        text=text_BxT[:, 1:],
+        partners=of_documents(text_BxT[:, 0], NO_TEXT, positive_BxD)[:, :, None],
         group=of_documents(group_B, NO_GROUP),
-        source=np.repeat(step.source_B, n_texts - 1),
-        scope=np.repeat(scope_B, n_texts - 1),
-        weight=positive_BxD.reshape(-1),
-        score=np.where(real_BxD, score_BxT[:, 1:], np.nan).reshape(-1),
+        source=of_documents(step.source_B, 0, everywhere),
+        pool=of_documents(pool_B, 0, everywhere),
+        scope=of_documents(scope_B, 0, everywhere),
+        weight=positive_BxD,
+        score=np.where(real_BxD, score_BxT[:, 1:], np.nan),
     )
     return queries, documents
 
@@ -84,11 +91,20 @@ def _group_numbers(plan: Plan, step: StepPlan) -> np.ndarray:
     return numbers_B
 
 
-def _scope(plan: Plan, source: int) -> int:
-    config = plan.sources[source]
-    if not config.in_batch:
-        return SCOPE_OWN
-    return SCOPE_ALL if config.negatives_from == "all" else source
+def _pools(plan: Plan, step: StepPlan, shards: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns each pair's pool and scope, int [B].
+
+    A source's pool is the source; one that keeps to its device has a pool for each part of the batch, as many pairs as
+    a device has.
+    """
+    n_pairs = step.source_B.size
+    part_B = np.arange(n_pairs) * shards // n_pairs
+    in_batch_B, all_B, apart_B = (
+        np.array(flags)[step.source_B]
+        for flags in zip(*((s.in_batch, s.negatives_from == "all", not s.cross_device) for s in plan.sources))
+    )
+    pool_B = step.source_B + np.where(apart_B, len(plan.sources) * part_B, 0)
+    return pool_B, np.select([~in_batch_B, all_B], [SCOPE_OWN, SCOPE_ALL], pool_B)
 
 
 def _texts(**fields: np.ndarray) -> Texts:

@@ -1,0 +1,49 @@
+"""The losses by name: where each lives, which fields of the config it takes, what its data must have. No jax here."""
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+
+SCORES, NEGATIVES, NEGATIVE_QUERIES, TEACHER = "scores", "hard negatives", "negative_query", "a teacher"
+ENGINE = ("exchange", "precision", "tile")  # fields of all losses that compare every text with every other
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A loss.
+
+    Attributes:
+      where: 'module:function' in `jaxembed.losses`. The function is called with an `Embedded` and the fields of
+        `takes` as keyword arguments, and returns (loss, metrics).
+      takes: fields of `LossConfig`; `temperature` and `bias` come as arrays, learned or not.
+      needs: what every record of its sources must have (SCORES, NEGATIVES, NEGATIVE_QUERIES), or the run (TEACHER).
+      learns: parameters of its own that it always trains: 'bias', 'projection'.
+    """
+
+    where: str
+    takes: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    learns: tuple[str, ...] = ()
+
+    def load(self) -> Callable:
+        """Imports the function."""
+        module, function = self.where.split(":")
+        return getattr(importlib.import_module(f"jaxembed.losses.{module}"), function)
+
+
+_NEGATIVES = ("false_negatives", "false_negative_margin", "false_negative_blocks", "hard_negatives")
+_INFONCE = ("temperature", "blocks", "partition", "margin", "hardness", "hardness_of", "focal", "mixed_negatives")
+
+LOSSES: dict[str, Entry] = {
+    "infonce": Entry("infonce:infonce", (*_INFONCE, *_NEGATIVES, *ENGINE)),
+    "clp": Entry("penalty:clp", ("temperature", "penalty", "hard_negatives", *ENGINE), needs=(NEGATIVE_QUERIES,)),
+    "sigmoid": Entry("sigmoid:sigmoid", ("temperature", "bias", "hard_negatives", *ENGINE), learns=("bias",)),
+    "triplet": Entry("triplet:triplet", ("margin", "distance"), needs=(NEGATIVES,)),
+    "cosent": Entry("ranking:cosent", ("temperature",), needs=(SCORES,)),
+    "angle": Entry("ranking:angle", ("temperature",), needs=(SCORES,)),
+    "cosine": Entry("regression:cosine", (), needs=(SCORES,)),
+    "margin_mse": Entry("distillation:margin_mse", (), needs=(SCORES, NEGATIVES)),
+    "kl": Entry("distillation:kl", ("temperature", "teacher_temperature"), needs=(NEGATIVES,)),
+    "match": Entry("distillation:match", ("similarity_weight",), needs=(TEACHER,), learns=("projection",)),
+    "spread_out": Entry("spread_out:spread_out"),
+}
