@@ -28,7 +28,7 @@ class Embedded:
       documents: float32 [N, D, E]: of each query its positives, then its hard negatives.
       query_texts: what the queries are, arrays [N].
       document_texts: what their documents are, arrays [N, D].
-      negative_queries: float32 [N, K, E], for each hard negative a query that it does answer, or None. K = D - positives.
+      negative_queries: float32 [N, K, E], for each of the K hard negatives a query that it does answer, or None.
       teacher_queries: float32 [N, F], a teacher's vectors of the queries, or None.
       teacher_documents: float32 [N, D, F], or None.
       seed: uint32 scalar, new for every step, for losses that draw; None draws nothing.
