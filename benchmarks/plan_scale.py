@@ -50,6 +50,7 @@ class HugeCache:
 
     max_positives = 1
     max_negatives = 0
+    negative_queries = False
     max_length = LONGEST
 
     def __init__(self, n_records: int, file: pathlib.Path) -> None:

@@ -31,6 +31,7 @@ from rich.table import Table
 
 from jaxembed import config as config_lib
 from jaxembed import model_source, sharding
+from jaxembed.data.batch import PairShape
 from jaxembed.data.loader import prefetch
 from jaxembed.optimizer import make_optimizer
 from jaxembed.step import init_state, make_step
@@ -60,8 +61,9 @@ class OurTrainer:
         with jax.set_mesh(self.mesh):
             params = load(factory)
             optimizer = make_optimizer(config.optimizer, steps, {"model": params, "loss": {}})
-            self.state = jax.jit(lambda model: init_state(config, optimizer, model))(params)
-            self.step_function = jax.jit(make_step(config, factory, optimizer, 1, steps), donate_argnums=0)
+            self.state = jax.jit(lambda model: init_state(config, optimizer, model, factory.width, 0))(params)
+            step = make_step(config, factory, optimizer, PairShape(positives=1, negatives=0), steps)
+            self.step_function = jax.jit(step, donate_argnums=0)
         self.batches = prefetch(self.data.builder, 0, steps, config.data.prefetch)
         self.real = self.padded = 0
 
@@ -73,13 +75,13 @@ class OurTrainer:
             if info.rows_per_bin not in seen:
                 seen.add(info.rows_per_bin)
                 with jax.set_mesh(self.mesh):
-                    self.state, _ = self.step_function(self.state, self.data.to_device(batch, self.mesh))
+                    self.state, _ = self.step_function(self.state, self.data.to_device(batch, self.mesh), {})
 
     def step(self) -> None:
         """Makes a step and waits for it."""
         batch, info = next(self.batches)
         with jax.set_mesh(self.mesh):
-            self.state, metrics = self.step_function(self.state, self.data.to_device(batch, self.mesh))
+            self.state, metrics = self.step_function(self.state, self.data.to_device(batch, self.mesh), {})
             jax.block_until_ready(self.state)
             jax.device_get(metrics)
         self.real, self.padded = self.real + info.real_tokens, self.padded + info.padded_tokens

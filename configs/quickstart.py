@@ -41,7 +41,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     }
     c.model.pooling = "mean"
     c.loss.temperature = 0.05
-    c.loss.symmetric = True
+    c.loss.blocks, c.loss.partition = ("qd", "dq"), "separate"
     c.optimizer.learning_rate = 2e-3
     c.optimizer.warmup_steps = 30
     c.eval.pairs = (f"tfds:{DATA}:test",)

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from jaxembed.errors import UserError
 
 AUTO = "auto"
+MODEL_KINDS = ("hf:", "run:")  # what a model's place begins with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,7 @@ class SourceConfig:
     split: str = "train"  # of a 'tfds' or 'hf' data set; slices too, such as 'train[:10%]'
     data_dir: str = ""  # where 'tfds' keeps what it prepared; '' = its own place
     source: str = AUTO  # 'jsonl' | 'parquet' | 'tfds' | 'hf'; 'auto' = by the file's name
-    format: str = "jaxembed"  # 'jaxembed' | 'st' | 'flagembedding' | 'tevatron'
+    format: str = "jaxembed"  # 'jaxembed' | 'st' | 'flagembedding' | 'tevatron'; 'texts' = each text with itself
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)  # our field → the file's column
     weight: float = 1.0  # how often a record is drawn, relative to records of other sources
     prompt: PromptConfig = PromptConfig()
@@ -120,6 +121,11 @@ class LossConfig:
     exchange: str = AUTO  # how devices meet the others' texts: 'gather' | 'ring'; 'auto' = by the memory it needs
     precision: str = "float32"  # of the similarities' products: 'float32' | 'bfloat16' (summed in float32)
     tile: int = 2048  # edge of the tiles of the similarity matrix
+
+    @property
+    def title(self) -> str:
+        """What sources, metrics and parameters call it."""
+        return self.label or self.name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,6 +221,11 @@ class Config:
     log_to: tuple[str, ...] = ("tensorboard",)  # beside metrics.jsonl: 'tensorboard', 'wandb'
     export: bool = True  # write WORKDIR/export at the end
 
+    @property
+    def all_losses(self) -> tuple[LossConfig, ...]:
+        """The losses that are summed."""
+        return self.losses or (self.loss,)
+
 
 CHOICES = {
     "model.attention": ("native", "bidirectional", "causal"),
@@ -225,7 +236,7 @@ CHOICES = {
     "model.attention_kernel": (AUTO, "xla", "pallas"),
     "data.on_bad_record": ("error", "skip"),
     "data.train[].source": (AUTO, "jsonl", "parquet", "tfds", "hf"),
-    "data.train[].format": ("jaxembed", "st", "flagembedding", "tevatron"),
+    "data.train[].format": ("jaxembed", "st", "flagembedding", "tevatron", "texts"),
     "data.train[].negatives_from": ("source", "all"),
     **{
         f"{loss}.{field}": choices
@@ -263,14 +274,17 @@ def load(config: ConfigDict | Mapping[str, Any]) -> Config:
       UserError: an unknown field, a wrong type, a value outside its choices, or a set-up that cannot be right.
     """
     from jaxembed.config_check import check  # the rules are long enough for a file of their own
+    from jaxembed.losses.check import check_teacher
     from jaxembed.stages import stages_of
 
     resolved = build(config)
-    for i, stage in enumerate(stages_of(resolved)):
+    stages = stages_of(resolved)
+    for i, stage in enumerate(stages):
         try:
             check(stage.config)
         except UserError as error:
             raise UserError(f"config.stages[{i}] ({stage.name}): {error}" if stage.name else str(error)) from error
+    check_teacher(resolved.teacher, [loss for stage in stages for loss in stage.config.all_losses])
     return resolved
 
 

@@ -11,3 +11,9 @@ class UserError(Exception):
 
 class TrainingStopped(Exception):
     """Training cannot go on, through no mistake in the set-up: a loss that is not finite. Exit code 1, one line."""
+
+
+def require(holds: bool, message: str) -> None:
+    """Raises UserError with the message unless the condition holds."""
+    if not holds:
+        raise UserError(message)

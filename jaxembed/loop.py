@@ -24,7 +24,7 @@ from jaxembed.evaluation.report import flat_scores
 from jaxembed.evaluation.tasks import Tasks
 from jaxembed.metrics import MetricsWriter
 from jaxembed.model_source import Blueprint
-from jaxembed.models.text_encoder import ModelFactory
+from jaxembed.models.text_encoder import ModelFactory, Params
 from jaxembed.preemption import StopSignal
 from jaxembed.progress import Progress
 from jaxembed.step import TrainState
@@ -33,11 +33,17 @@ from jaxembed.training_data import TrainingData
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What all stages of a run share."""
+    """What all stages of a run share.
+
+    A teacher's parameters, {} without one, are given to every step, which leaves them as they are; no checkpoint holds
+    them.
+    """
 
     workdir: pathlib.Path
     mesh: jax.sharding.Mesh
     blueprint: Blueprint
+    teacher: ModelFactory | None
+    teacher_params: Params
     tasks: Tasks
     checkpoints: Checkpoints
     writer: MetricsWriter
@@ -77,7 +83,7 @@ class Loop:
 
     def __init__(self, run: Run, stage: StageRun, step_function: Any) -> None:
         self.run_, self.stage, self.step_function = run, stage, step_function
-        self.compiled: dict[tuple[int, ...], Any] = {}
+        self.compiled: dict[tuple[tuple[int, ...], ...], Any] = {}  # by the shapes of the rows, and of a teacher's
         self.pending: tuple[StepInfo, dict[str, jax.Array]] | None = None
         self.line: dict[str, Any] | None = None  # the open one
         self.last_line: dict[str, Any] = {}
@@ -115,22 +121,22 @@ class Loop:
     def _step(self, state: TrainState, batches: Iterator[tuple[Batch, StepInfo]]) -> TrainState:
         batch, info = next(batches)
         batch = self.stage.data.to_device(batch, self.run_.mesh)
-        shape = batch.rows.tokens.shape
-        if shape not in self.compiled:
-            self.compiled[shape] = self._compile(state, batch)
-        state, metrics = self.compiled[shape](state, batch)
+        shapes = tuple(rows.tokens.shape for rows in (batch.rows, batch.teacher_rows) if rows is not None)
+        if shapes not in self.compiled:
+            self.compiled[shapes] = self._compile(" + ".join(map(str, shapes)), state, batch)
+        state, metrics = self.compiled[shapes](state, batch, self.run_.teacher_params)
         self._catch_up()
         self.pending = info, metrics
         return state
 
-    def _compile(self, state: TrainState, batch: Batch) -> Any:
+    def _compile(self, shapes: str, state: TrainState, batch: Batch) -> Any:
         say = self.run_.progress.say
-        say(f"compiling for {batch.rows.tokens.shape} tokens …")
-        compiled = self.step_function.lower(state, batch).compile()
+        say(f"compiling for {shapes} tokens …")
+        compiled = self.step_function.lower(state, batch, self.run_.teacher_params).compile()
         memory = compiled.memory_analysis()
         if memory:
             gigabytes = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 1e9
-            say(f"compiled for {batch.rows.tokens.shape} tokens: {gigabytes:.2f} GB per device")
+            say(f"compiled for {shapes} tokens: {gigabytes:.2f} GB per device")
         return compiled
 
     def _catch_up(self, hold: bool = False) -> None:

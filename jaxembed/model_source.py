@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from jaxembed import checkpoint, run_folder
-from jaxembed.config import AUTO, Config, ModelConfig
+from jaxembed.config import AUTO, Config, ModelConfig, TeacherConfig
 from jaxembed.config_check import TRAINED
 from jaxembed.data.tokenizer import Tokenizer
 from jaxembed.data.tokenizer_training import train_for
@@ -117,14 +117,45 @@ def open_source(c: Config, workdir: pathlib.Path) -> tuple[Blueprint, Loader]:
     Raises:
       UserError: a folder, run or architecture that does not serve; bad texts, where a tokenizer is made of them.
     """
-    kind, _, where = c.model.init.partition(":")
-    if kind == "hf":
-        blueprint, load = open_folder(resolve(where))
-    elif kind == "run":
-        blueprint, load = open_run(where)
-    else:
-        blueprint, load = _scratch(c, workdir)
+    blueprint, load = _scratch(c, workdir) if c.model.init == "scratch" else _open(c.model.init)
     return _adapted(blueprint, c), load
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A frozen model whose vectors of the training texts some losses use.
+
+    Attributes:
+      blueprint: its own tokenizer, prompts, limits.
+      factory: its maker.
+      load: puts its weights onto the mesh in use.
+    """
+
+    blueprint: Blueprint
+    factory: ModelFactory
+    load: Loader
+
+
+def open_teacher(c: TeacherConfig) -> Teacher | None:
+    """Finds the teacher, in the head that it has, its vectors whole even where its folder says to cut them.
+
+    Guides are as in GISTEmbed (Solatorio 2024, arXiv:2402.16829), teachers whose vectors are matched as in Jasper and
+    Stella (Zhang et al. 2024, arXiv:2412.19048). No run keeps its teacher: one that goes on finds it by its name again,
+    so a run that is still training serves best as 'run:DIR@STEP'. Its weights are held in the dtype of its computation.
+
+    Raises:
+      UserError: a folder or run that does not serve.
+    """
+    if not c.init:
+        return None
+    blueprint, load = _open(c.init)
+    return Teacher(blueprint, blueprint.factory(ModelOptions(dtype=c.dtype, param_dtype=c.dtype)), load)
+
+
+def _open(init: str) -> tuple[Blueprint, Loader]:
+    """Opens 'hf:…' or 'run:…'."""
+    kind, _, where = init.partition(":")
+    return open_folder(resolve(where)) if kind == "hf" else open_run(where)
 
 
 def open_folder(path: pathlib.Path) -> tuple[Blueprint, Loader]:

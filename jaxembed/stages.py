@@ -22,6 +22,8 @@ CHANGEABLE = (
     "grad_cache",
     "data",
     "loss",
+    "losses",
+    "matryoshka",
     "optimizer",
     "model.dropout",
     "model.attention_dropout",

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from jaxembed.config import Config
-from jaxembed.data.batch import Batch, Rows
-from jaxembed.losses.infonce import MIN_TEMPERATURE, infonce
+from jaxembed.data.batch import Batch, PairShape, Rows
+from jaxembed.losses.embedded import Embedded
+from jaxembed.losses.objective import loss_params, objective
 from jaxembed.models.layers.dropout import Noise, step_seed
 from jaxembed.models.text_encoder import ModelFactory, Params
 from jaxembed.optimizer import freeze, rate_factors, schedule
@@ -41,46 +42,71 @@ class TrainState:
         return self.average or self.params["model"]
 
 
-def loss_params(config: Config) -> Params:
-    """Returns the loss's fresh parameters."""
-    if not config.loss.learn_temperature:
-        return {}
-    return {"log_temperature": jnp.log(jnp.float32(config.loss.temperature))}
+def init_state(
+    config: Config, optimizer: optax.GradientTransformation, model: Params, width: int, teacher_width: int
+) -> TrainState:
+    """Returns the state before the first step; to be called under jit, so that every leaf is born on its shards.
 
-
-def init_state(config: Config, optimizer: optax.GradientTransformation, model: Params) -> TrainState:
-    """Returns the state before the first step; to be called under jit, so that every leaf is born on its shards."""
-    params = {"model": model, "loss": loss_params(config)}
+    Args:
+      config: the run's.
+      optimizer: the run's.
+      model: the model's parameters.
+      width: E, of its vectors.
+      teacher_width: F, of a teacher's; 0 without one.
+    """
+    params = {"model": model, "loss": loss_params(config, width, teacher_width)}
     # Copies: state leaves are donated, and one buffer cannot be donated twice.
     average = jax.tree.map(lambda x: x.astype(jnp.float32) + 0, model) if config.optimizer.ema else {}
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
 
 
-def make_loss(config: Config, factory: ModelFactory, n_positives: int) -> Callable[..., tuple[jax.Array, Metrics]]:
-    """Returns (params, batch, step) → (loss, metrics); step None switches dropout off."""
+def make_loss(
+    config: Config, factory: ModelFactory, pair: PairShape, teacher: ModelFactory | None = None
+) -> Callable[[Params, Batch, jax.Array, Params], tuple[jax.Array, Metrics]]:
+    """Returns (params, batch, step, teacher's params) → (loss, metrics).
 
-    def loss(params: Params, batch: Batch, step: jax.Array | None) -> tuple[jax.Array, Metrics]:
-        seed = None if step is None else step_seed(config.seed, step)
-        queries, documents = encode(factory, params["model"], batch, seed)
-        temperature = jnp.float32(config.loss.temperature)
-        if config.loss.learn_temperature:
-            temperature = jnp.maximum(jnp.exp(params["loss"]["log_temperature"]), MIN_TEMPERATURE)
-        value, metrics = infonce(
-            queries,
-            documents,
-            batch.queries,
-            batch.documents,
-            temperature,
-            n_positives,
-            config.loss.symmetric,
-            config.loss.tile,
-        )
-        return value, metrics | {"temperature": temperature}
+    A teacher sees the texts without dropout, and has no gradient.
+    """
+    uses_noise = config.model.dropout > 0 or config.model.attention_dropout > 0
+    layers = config.matryoshka.layers
+
+    def loss(params: Params, batch: Batch, step: jax.Array, teacher_params: Params) -> tuple[jax.Array, Metrics]:
+        seed = step_seed(config.seed, step)
+        n = batch.queries.pair.shape[0]
+        vectors = encode(factory, params["model"], batch.rows, n, pair.texts, seed if uses_noise else None, layers)
+        taught_queries = taught_documents = None
+        if teacher:
+            rows = batch.rows if batch.teacher_rows is None else batch.teacher_rows
+            (taught_queries,), (others,) = jax.lax.stop_gradient(encode(teacher, teacher_params, rows, n, pair.texts))
+            taught_documents = others[:, : pair.documents]
+        embedded = [
+            Embedded(
+                queries=queries,
+                documents=others[:, : pair.documents],
+                query_texts=batch.queries,
+                document_texts=batch.documents,
+                negative_queries=others[:, pair.documents :] if pair.negative_queries else None,
+                teacher_queries=taught_queries,
+                teacher_documents=taught_documents,
+                seed=seed,
+                positives=pair.positives,
+            )
+            for queries, others in zip(*vectors)
+        ]
+        return objective(config, params["loss"], embedded)
 
     return loss
 
 
-def encode(factory: ModelFactory, model: Params, batch: Batch, seed: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+def encode(
+    factory: ModelFactory,
+    model: Params,
+    rows: Rows,
+    n_pairs: int,
+    texts_per_pair: int,
+    seed: jax.Array | None = None,
+    layers: tuple[int, ...] = (),
+) -> tuple[jax.Array, jax.Array]:
     """Encodes a batch, one micro-batch at a time.
 
     With several micro-batches this is gradient caching (Gao et al. 2021, arXiv:2101.06983): each is checkpointed, so
@@ -89,46 +115,56 @@ def encode(factory: ModelFactory, model: Params, batch: Batch, seed: jax.Array |
     Args:
       factory: the model's.
       model: its parameters.
-      batch: see `jaxembed.data.batch.Batch`.
+      rows: the texts' tokens, arrays [M, R, L].
+      n_pairs: N, pairs of the global batch.
+      texts_per_pair: T, a query and what comes with it.
       seed: of the dropout masks; None for none.
+      layers: depths at which vectors are wanted too.
 
     Returns:
-      float32 vectors of queries [Nq, E] and documents [Nd, E], in the order of the batch's Texts.
+      float32 vectors of the queries [1 + depths, N, E] and of what comes with each [1 + depths, N, T - 1, E], sharded
+      by pair, in the order of the batch's Texts: the full backbone's first, then those of `layers`.
     """
-    micro_batches = batch.rows.tokens.shape[0]
-    bins = batch_shards(jax.sharding.get_abstract_mesh()) * micro_batches
-    n_queries, n_documents = batch.queries.pair.shape[0] // bins, batch.documents.pair.shape[0] // bins
+    micro_batches = rows.tokens.shape[0]
+    n_queries = n_pairs // (batch_shards(jax.sharding.get_abstract_mesh()) * micro_batches)
 
     def encode_rows(rows: Rows) -> jax.Array:
         noise = None if seed is None else Noise(seed, rows.segment_ids, rows.positions)
-        return factory.bind(model)(rows, n_queries + n_documents, noise)
+        return factory.bind(model).at_depths(rows, n_queries * texts_per_pair, noise, layers)
 
     if micro_batches == 1:
-        vectors = encode_rows(jax.tree.map(lambda x: x[0], batch.rows))[None]
+        vectors = encode_rows(jax.tree.map(lambda x: x[0], rows))[None]
     else:
         body = jax.checkpoint(encode_rows, prevent_cse=False)
-        _, vectors = jax.lax.scan(lambda _, rows: (None, body(rows)), None, batch.rows)
-    by_shard = vectors.swapaxes(0, 1)  # [M, S, T, E] → [S, M, T, E]: the order of Texts
-    flat = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
-    return flat(by_shard[:, :, :n_queries]), flat(by_shard[:, :, n_queries:])
+        _, vectors = jax.lax.scan(lambda _, rows: (None, body(rows)), None, rows)
+    # [M, V, S, slots, E] → [V, S, M, slots, E]: the order of Texts. A bin holds its queries, then what comes with them.
+    by_shard = vectors.transpose(1, 2, 0, 3, 4)
+    depths, *_, width = by_shard.shape
+    queries, others = by_shard[:, :, :, :n_queries], by_shard[:, :, :, n_queries:]
+    by_pair = others.reshape(*by_shard.shape[:3], n_queries, texts_per_pair - 1, width)
+    return queries.reshape(depths, -1, width), by_pair.reshape(depths, -1, texts_per_pair - 1, width)
 
 
 def make_step(
-    config: Config, factory: ModelFactory, optimizer: optax.GradientTransformation, n_positives: int, steps: int
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Returns the train step.
+    config: Config,
+    factory: ModelFactory,
+    optimizer: optax.GradientTransformation,
+    pair: PairShape,
+    steps: int,
+    teacher: ModelFactory | None = None,
+) -> Callable[[TrainState, Batch, Params], tuple[TrainState, Metrics]]:
+    """Returns the train step: (state, batch, teacher's parameters or {}) → (state, metrics).
 
     A step whose loss or gradient norm is not finite changes nothing but the metrics, so that the last good state is
     never lost to a donated buffer.
     """
-    compute_loss = make_loss(config, factory, n_positives)
+    compute_loss = make_loss(config, factory, pair, teacher)
     rate = schedule(config.optimizer, steps)
-    uses_noise = config.model.dropout > 0 or config.model.attention_dropout > 0
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch, teacher_params: Params) -> tuple[TrainState, Metrics]:
         def loss(params: Params) -> tuple[jax.Array, Metrics]:
             params = freeze(params, rate_factors(config.optimizer, params))
-            return compute_loss(params, batch, state.step if uses_noise else None)
+            return compute_loss(params, batch, state.step, teacher_params)
 
         (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
         norm = optax.global_norm(gradients)

@@ -14,11 +14,13 @@ import jax
 from jaxembed import model_source, run_folder, sharding
 from jaxembed.checkpoint import Checkpoints
 from jaxembed.config import Config
+from jaxembed.data.batch import PairShape
 from jaxembed.embedder import Embedder
 from jaxembed.errors import UserError
 from jaxembed.evaluation.tasks import Tasks
 from jaxembed.loggers import open_loggers
 from jaxembed.loop import Loop, Run, StageRun
+from jaxembed.losses.objective import loss_params
 from jaxembed.metrics import MetricsWriter, read_metrics
 from jaxembed.model_source import Blueprint
 from jaxembed.models.text_encoder import Params
@@ -28,7 +30,7 @@ from jaxembed.progress import Progress
 from jaxembed.report import write_report
 from jaxembed.reporting.summary import summary
 from jaxembed.stages import stages_of
-from jaxembed.step import TrainState, init_state, loss_params, make_step
+from jaxembed.step import TrainState, init_state, make_step
 from jaxembed.training_data import open_data
 
 
@@ -52,6 +54,8 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         mesh = sharding.make_mesh(config.mesh)
         tasks = Tasks.read(config.eval, "config.eval.")  # before anything slow: a missing file shows at once
         blueprint, load = model_source.open_source(config, workdir)
+        teacher = model_source.open_teacher(config.teacher)
+        _check_sizes(config, blueprint, mesh)
         run_folder.claim(workdir, config, write=main_process)
         stack.enter_context(run_folder.disk_errors(workdir))
         if main_process:
@@ -59,7 +63,7 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         checkpoints = Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.best)
         start = checkpoints.latest()
         meta = checkpoints.meta(start) if start is not None else {}
-        stages = _open_stages(config, blueprint, mesh, meta)
+        stages = _open_stages(config, blueprint, mesh, meta, teacher.blueprint if teacher else None)
         steps = stages[-1].last
         if start is not None and start > steps:
             raise UserError(f"{workdir} has done {start} steps, more than the {steps} asked for: raise config.steps")
@@ -72,7 +76,8 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
             if start is not None:
                 done = f"{start} of {steps} steps are done"
                 progress.say(f"{done}: going on" if start < steps else f"{done}: nothing left to train")
-            run = Run(workdir, mesh, blueprint, tasks, checkpoints, writer, progress, stop)
+            taught = (teacher.factory, teacher.load(teacher.factory)) if teacher else (None, {})
+            run = Run(workdir, mesh, blueprint, *taught, tasks, checkpoints, writer, progress, stop)
             state, step = _walk(run, stages, load, start, meta.get("stage", 0))
         checkpoints.close()
         if config.export and step == steps:
@@ -92,14 +97,33 @@ def _report(workdir: pathlib.Path, progress: Progress) -> None:
         progress.say(f"no report: {error}")
 
 
+def _check_sizes(config: Config, blueprint: Blueprint, mesh: jax.sharding.Mesh) -> None:
+    """Refuses sizes that the model's vectors cannot be cut to.
+
+    Raises:
+      UserError: such a width or depth.
+    """
+    with jax.set_mesh(mesh):
+        factory = blueprint.factory(model_source.options(config.model))
+        width, depth = factory.width, factory.depth
+    for sizes in (stage.config.matryoshka for stage in stages_of(config)):
+        for name, asked, full in (("dims", sizes.dims, width), ("layers", sizes.layers, depth)):
+            for size in asked:
+                if not 0 < size < full:
+                    raise UserError(
+                        f"config.matryoshka.{name}: {size} is not in 1 … {full - 1}; the model's full size, {full}, is "
+                        "trained anyway"
+                    )
+
+
 def _open_stages(
-    config: Config, blueprint: Blueprint, mesh: jax.sharding.Mesh, meta: dict[str, Any]
+    config: Config, blueprint: Blueprint, mesh: jax.sharding.Mesh, meta: dict[str, Any], teacher: Blueprint | None
 ) -> tuple[StageRun, ...]:
     """Opens the data of all stages, so that what is wrong with a late one shows before the first one's first step."""
     opened: list[StageRun] = []
     for index, stage in enumerate(stages_of(config)):
         c = stage.config
-        data = open_data(c, blueprint, mesh, meta if index == meta.get("stage", 0) else {})
+        data = open_data(c, blueprint, mesh, meta if index == meta.get("stage", 0) else {}, teacher)
         first = opened[-1].last if opened else 0
         last = first + (c.steps or math.ceil(c.epochs * data.plan.steps_per_epoch))
         factory = blueprint.factory(model_source.options(c.model), config.seed)
@@ -129,16 +153,19 @@ def _prepare(
 ) -> tuple[Any, TrainState]:
     """Builds a stage's step and its first state: from the stage before, restored, or fresh; born on the mesh."""
     config, factory, steps = stage.config, stage.factory, stage.last - stage.first
-    abstract = {"model": factory.abstract(), "loss": jax.eval_shape(lambda: loss_params(config))}
+    widths = factory.width, run.teacher.width if run.teacher else 0
+    abstract = {"model": factory.abstract(), "loss": jax.eval_shape(lambda: loss_params(config, *widths))}
     optimizer = make_optimizer(config.optimizer, steps, abstract)
-    make_state = jax.jit(lambda model: init_state(config, optimizer, model), donate_argnums=0)
+    make_state = jax.jit(lambda model: init_state(config, optimizer, model, *widths), donate_argnums=0)
     if served is not None:
         state = make_state(jax.tree.map(lambda x, like: x.astype(like.dtype), served, abstract["model"]))
     elif start is not None:
         state = run.checkpoints.restore(start, jax.eval_shape(make_state, factory.abstract()))
     else:
         state = make_state(load(factory))
-    step = make_step(config, factory, optimizer, stage.data.plan.positives, steps)
+    plan = stage.data.plan
+    pair = PairShape(plan.positives, plan.negatives, plan.negative_queries)
+    step = make_step(config, factory, optimizer, pair, steps, run.teacher)
     return jax.jit(step, donate_argnums=0), state
 
 

@@ -2,18 +2,21 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxembed import sharding
 from jaxembed.config import AUTO, Config, MaxLength, PromptConfig, SourceConfig
 from jaxembed.data.batch import Batch
 from jaxembed.data.cache import TokenCache, build_or_open
-from jaxembed.data.loader import BatchBuilder
+from jaxembed.data.loader import BatchBuilder, TeacherTexts
 from jaxembed.data.plan import Plan
 from jaxembed.data.rungs import choose_row_length
 from jaxembed.errors import UserError
+from jaxembed.losses.table import LOSSES, NEGATIVE_QUERIES, NEGATIVES, SCORES
 from jaxembed.model_source import Blueprint
 from jaxembed.models.layers.attention import KERNEL_BLOCK
 
@@ -41,6 +44,7 @@ class TrainingData:
             rows=jax.tree.map(lambda x: put(x, mesh, sharding.MICRO_ROWS), batch.rows),
             queries=jax.tree.map(lambda x: put(x, mesh, sharding.TEXTS), batch.queries),
             documents=jax.tree.map(lambda x: put(x, mesh, sharding.TEXTS), batch.documents),
+            teacher_rows=jax.tree.map(lambda x: put(x, mesh, sharding.MICRO_ROWS), batch.teacher_rows),
         )
 
     def record_names(self, step: int) -> list[str]:
@@ -49,38 +53,126 @@ class TrainingData:
         return [self.caches[s].record_name(r) for s, r in zip(planned.source_B, planned.record_B)]
 
 
-def open_data(config: Config, blueprint: Blueprint, mesh: jax.sharding.Mesh, meta: dict[str, Any]) -> TrainingData:
+def open_data(
+    config: Config,
+    blueprint: Blueprint,
+    mesh: jax.sharding.Mesh,
+    meta: dict[str, Any],
+    teacher: Blueprint | None = None,
+) -> TrainingData:
     """Tokenises what is not cached yet, and plans.
+
+    A teacher reads the same texts in its own tokens, no longer than it can or the config says, and behind its own
+    prompts, but where a source says what to put before its texts. Where all of that is as the model has it, the caches
+    are the same ones: then batches have no rows for the teacher (`Batch.teacher_rows` is None), and it reads the
+    model's.
 
     Args:
       config: the run's.
       blueprint: gives tokenizer, prompts and limits.
       mesh: decides into how many bins a batch is dealt.
       meta: a checkpoint's; {} for a fresh run.
+      teacher: gives the teacher's tokenizer, prompts and limits; None without one.
 
     Raises:
       UserError: bad sources, or a batch that the mesh does not divide.
     """
-    lengths = MaxLength(
-        query=config.data.max_length.query or blueprint.max_length,
-        document=config.data.max_length.document or blueprint.max_length,
-    )
-    caches = tuple(_open_cache(config, i, source, blueprint, lengths) for i, source in enumerate(config.data.train))
-    plan = Plan(
+    caches = _open_caches(config, blueprint)
+    check_needs(config, caches)
+    plan = _plan(config, caches)
+    # The kernels of accelerators want multiples of 128; on CPU attention costs in proportion to the length.
+    multiple = math.lcm(8 if jax.default_backend() == "cpu" else KERNEL_BLOCK, mesh.shape["sequence"])
+    layout = {
+        "shards": sharding.batch_shards(mesh),
+        "micro_batches": config.grad_cache,
+        "row_length": _row_length(config, caches, multiple, mesh.shape["sequence"]),
+    }
+    texts = _teacher_texts(config, caches, teacher, multiple) if teacher else None
+    row_length = texts.row_length if texts else 0
+    rungs = None
+    if meta.get("layout") == layout and meta.get("teacher_row_length", 0) == row_length:
+        rungs = meta["rungs"]
+        texts = dataclasses.replace(texts, rungs=meta["teacher_rungs"]) if texts else None
+    builder = BatchBuilder(plan, **layout, rungs=rungs, teacher=texts)
+    kept = {
+        "layout": layout,
+        "rungs": list(builder.rungs),
+        "teacher_row_length": row_length,
+        "teacher_rungs": list(builder.teacher.rungs) if builder.teacher else [],
+    }
+    return TrainingData(caches, plan, builder, kept)
+
+
+def _teacher_texts(
+    config: Config, caches: Sequence[TokenCache], teacher: Blueprint, multiple: int
+) -> TeacherTexts | None:
+    """Returns the texts in a teacher's tokens; None where they are the model's.
+
+    Raises:
+      UserError: the caches of a source do not number the same texts alike, as bad records were skipped differently.
+    """
+    read = _open_caches(config, teacher)
+    for i, (ours, theirs) in enumerate(zip(caches, read)):
+        same = (np.array_equal(getattr(ours, name), getattr(theirs, name)) for name in ("first_text", "hashes"))
+        if not all(same):
+            reasons = sorted({*ours.skipped_reasons} ^ {*theirs.skipped_reasons})
+            raise UserError(
+                f"config.data.train[{i}]: the model reads {ours.n_records:,} records of {ours.label}, the teacher "
+                f"{theirs.n_records:,}: remove those that only one of them can read ({'; '.join(reasons)})"
+            )
+    if [cache.path for cache in read] == [cache.path for cache in caches]:
+        return None
+    return TeacherTexts(_plan(config, read), choose_row_length(read, multiple))
+
+
+def _open_caches(config: Config, blueprint: Blueprint) -> tuple[TokenCache, ...]:
+    """Opens a cache per source, in the tokens of a model, tokenising what is not cached yet."""
+    said, limit = config.data.max_length, blueprint.max_length
+    lengths = MaxLength(query=min(said.query or limit, limit), document=min(said.document or limit, limit))
+    return tuple(_open_cache(config, i, source, blueprint, lengths) for i, source in enumerate(config.data.train))
+
+
+def _plan(config: Config, caches: Sequence[TokenCache]) -> Plan:
+    return Plan(
         caches,
         config.data.train,
         batch_size=config.batch_size,
         positives=config.data.positives,
         negatives=config.data.negatives,
         seed=config.seed,
+        negative_queries=any(NEGATIVE_QUERIES in LOSSES[loss.name].needs for loss in config.all_losses),
+        one_source=config.data.one_source,
     )
-    layout = {
-        "shards": sharding.batch_shards(mesh),
-        "micro_batches": config.grad_cache,
-        "row_length": _row_length(config, caches, mesh.shape["sequence"]),
-    }
-    builder = BatchBuilder(plan, **layout, rungs=meta["rungs"] if meta.get("layout") == layout else None)
-    return TrainingData(caches, plan, builder, {"layout": layout, "rungs": list(builder.rungs)})
+
+
+def check_needs(config: Config, caches: Sequence[TokenCache]) -> None:
+    """Refuses sources whose records lack what a loss that they train needs.
+
+    Args:
+      config: its losses, and the sources with the names of the losses that each of them trains.
+      caches: one per source.
+
+    Raises:
+      UserError: which source, which loss, what is missing.
+    """
+    for loss in config.all_losses:
+        needs = LOSSES[loss.name].needs
+        if loss.name == "kl" and not config.teacher.init:
+            needs += (SCORES,)
+        for i, (source, cache) in enumerate(zip(config.data.train, caches)):
+            if source.losses and loss.title not in source.losses:
+                continue
+            for need, field, there in (
+                (SCORES, "'scores' for every document", cache.scored),
+                (NEGATIVES, "'negative'", cache.max_negatives > 0),
+                (NEGATIVE_QUERIES, "'negative_query'", cache.negative_queries),
+            ):
+                if need in needs and not there:
+                    raise UserError(
+                        f"config.data.train[{i}]: the records of {cache.label} have no {field}, which the loss "
+                        f"{loss.title!r} needs: add them, or say in config.data.train[{i}].losses which "
+                        "losses the source trains"
+                    )
 
 
 def _open_cache(
@@ -101,11 +193,9 @@ def _open_cache(
     )
 
 
-def _row_length(config: Config, caches: tuple[TokenCache, ...], sequence_shards: int) -> int:
+def _row_length(config: Config, caches: Sequence[TokenCache], multiple: int, sequence_shards: int) -> int:
     if config.data.row_length == AUTO:
-        # The kernels of accelerators want multiples of 128; on CPU attention costs in proportion to the length.
-        multiple = 8 if jax.default_backend() == "cpu" else KERNEL_BLOCK
-        return choose_row_length(caches, math.lcm(multiple, sequence_shards))
+        return choose_row_length(caches, multiple)
     length = int(config.data.row_length)
     if length % sequence_shards:
         raise UserError(f"config.data.row_length = {length} is no multiple of the mesh's {sequence_shards} (sequence)")

@@ -28,6 +28,14 @@ def valid(**changes):
     return values
 
 
+def shared(*shares):
+    return tuple({"path": f"{i}.jsonl", "share": share} for i, share in enumerate(shares))
+
+
+def serving(*losses):
+    return tuple({"path": f"{i}.jsonl", "losses": titles} for i, titles in enumerate(losses))
+
+
 def test_default_config_has_every_field():
     def compare(kind, values):
         types = typing.get_type_hints(kind)
@@ -57,6 +65,8 @@ def test_defaults_are_refused_for_want_of_a_length_and_data():
         {},
         {"model__shape": {"hidden_size": 4}, "optimizer__options": {"b1": 0.8, "nested": {"a": [1, 2]}}},
         {"optimizer__by_regex": (("bias$", 0.0), ("kernel", 2.5)), "eval__sts": ("a", "b"), "data__row_length": "64"},
+        {"data__train": shared(0.3, 2.0)},
+        {"data__one_source": 0.8, "source__format": "texts", "model__dropout": 0.1},
         {"source__columns": {"query": "title"}, "source__prompt": {"query": "q: ", "document": ""}},
     ],
 )
@@ -142,6 +152,14 @@ def test_unknown_fields_wrong_types_and_wrong_choices(changes, message):
         ({"source__data_dir": "x"}, "config.data.train[0].data_dir = 'x' is for a name with"),
         ({"source__weight": 0.0}, "config.data.train[0].weight = 0: must be above 0"),
         ({"source__in_batch": False, "data__negatives": 0}, "leave its pairs without any negative"),
+        ({"source__format": "texts"}, "config.data.train[0].format = 'texts' makes a text its own positive: without"),
+        ({"data__one_source": 1.5}, "config.data.one_source = 1.5: must be in 0 … 1"),
+        ({"data__one_source": 0.001}, "config.data.one_source = 0.001 of config.batch_size = 128 is no whole pair"),
+        ({"source__share": -0.5}, "config.data.train[0].share = -0.5: must be 0 or above"),
+        ({"source__share": 0.5, "source__weight": 2.0}, "config.data.train[0].weight = 2 is of no use beside share"),
+        ({"source__share": 0.5, "data__one_source": 0.5}, "config.data.one_source = 0.5 and fixed shares"),
+        ({"data__train": shared(1.0, 0.0)}, "config.data.train[1].share = 0, but others have one"),
+        ({"data__train": shared(1.0, 0.001)}, "config.data.train[1].share = 0.001 of 1.001 is no whole pair of config"),
         ({"data__row_length": "long"}, "config.data.row_length = 'long': wants 'auto' or a number of tokens"),
         ({"data__row_length": "0"}, "config.data.row_length = '0'"),
         ({"data__row_length": "²"}, "config.data.row_length = '²'"),
@@ -158,7 +176,47 @@ def test_unknown_fields_wrong_types_and_wrong_choices(changes, message):
             {"model__attention_dropout": 0.1, "model__attention_kernel": "pallas"},
             "config.model.attention_dropout needs config.model.attention_kernel = 'xla'",
         ),
-        ({"loss__name": "triplet"}, "config.loss.name = 'triplet': known losses: infonce"),
+        ({"loss__name": "tripet"}, "config.loss.name = 'tripet': known losses: infonce, clp, "),
+        ({"loss__name": "tripet"}, "did you mean 'triplet'?"),
+        ({"loss__name": "triplet"}, "config.loss.margin = 0: a triplet needs one above 0"),
+        (
+            {"loss__name": "cosent", "loss__margin": 0.1},
+            "config.loss.margin = 0.1: cosent takes none; it takes temperature",
+        ),
+        (
+            {"loss__name": "cosine", "loss__learn_temperature": True},
+            "config.loss.learn_temperature = True: cosine takes",
+        ),
+        ({"loss__weight": -1.0}, "config.loss.weight = -1: must not be negative"),
+        ({"loss__hardness": -1.0}, "config.loss.hardness = -1: must not be negative"),
+        ({"loss__blocks": ()}, "config.loss.blocks = (): wants each block once, at least one"),
+        ({"loss__blocks": ("qd", "qd")}, "config.loss.blocks = ('qd', 'qd'): wants each block once"),
+        ({"loss__mixed_negatives": 2, "data__negatives": 1}, "config.data.negatives = 1 is too low"),
+        (
+            {"loss__name": "clp", "data__negatives": 0},
+            "config.loss: clp needs hard negatives, but config.data.negatives = 0",
+        ),
+        ({"loss__name": "match"}, "config.loss: match needs a teacher here: name it in config.teacher.init"),
+        ({"loss__false_negatives": "teacher"}, "config.loss: infonce needs a teacher here"),
+        ({"teacher__init": "hf:x"}, "config.teacher.init = 'hf:x', but no loss uses a teacher"),
+        ({"teacher__init": "x", "loss__name": "match"}, "config.teacher.init = 'x': wants 'hf:FOLDER'"),
+        ({"losses": ({}, {})}, "config.losses[0]: there are two losses 'infonce': give each a label"),
+        ({"losses": ({"weight": 0.0},)}, "config.losses: all weights are 0"),
+        ({"losses": ({}, {"name": "cosent", "tile": 64})}, "config.losses[1].tile = 64: cosent takes none"),
+        ({"source__losses": ("infonc",)}, "no source trains the loss 'infonce'"),
+        (
+            {"losses": ({}, {"name": "cosent"}), "data__train": serving(("infonce", "cosnt"), ())},
+            "did you mean 'cosent'?",
+        ),
+        ({"matryoshka__dims": (0,)}, "config.matryoshka.dims = (0,): wants sizes above 0, each once"),
+        ({"matryoshka__layers": (2, 2)}, "config.matryoshka.layers = (2, 2): wants sizes above 0, each once"),
+        ({"matryoshka__pairs": "zip", "matryoshka__dims": (8,)}, "as many layers as dims, not 0 and 1"),
+        (
+            {"matryoshka__weights": (1.0,), "matryoshka__dims": (8,)},
+            "wants 2 numbers, of the full size, then of the others (1)",
+        ),
+        ({"matryoshka__kl": -1.0, "matryoshka__dims": (8,)}, "config.matryoshka.kl = -1: must not be negative"),
+        ({"matryoshka__kl": 1.0}, "config.matryoshka.kl compares smaller sizes with the full one"),
         ({"loss__temperature": 0.0}, "config.loss.temperature = 0: must be above 0"),
         ({"model__normalize": False}, "config.loss.temperature = 0.05 with config.model.normalize = False"),
         ({"optimizer__ema": 1.0}, "config.optimizer.ema = 1: must be in [0, 1)"),

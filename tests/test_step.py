@@ -13,11 +13,12 @@ from tiny_run import tiny_config
 
 from jaxembed import model_source, sharding
 from jaxembed.config import Config, MeshConfig
-from jaxembed.data.batch import HARD_NEGATIVE, NO_GROUP, VOID
+from jaxembed.data.batch import HARD_NEGATIVE, NO_GROUP, VOID, PairShape
 from jaxembed.data.loader import BatchBuilder
+from jaxembed.losses.objective import loss_params
 from jaxembed.models.text_encoder import flatten
 from jaxembed.optimizer import make_optimizer
-from jaxembed.step import TrainState, init_state, loss_params, make_loss, make_step
+from jaxembed.step import TrainState, init_state, make_loss, make_step
 from jaxembed.training_data import open_data
 
 TOLERANCE = 1e-5  # of losses, gradients and weights, relative to the largest entry of their array
@@ -50,33 +51,39 @@ class Bench:
         self.data = open_data(self.config, blueprint, self.mesh, {})
         self.factory = blueprint.factory(model_source.options(self.config.model), self.config.seed)
         with jax.set_mesh(self.mesh):
-            abstract = {"model": self.factory.abstract(), "loss": jax.eval_shape(lambda: loss_params(self.config))}
+            widths = self.factory.width, 0
+            of_loss = jax.eval_shape(lambda: loss_params(self.config, *widths))
+            abstract = {"model": self.factory.abstract(), "loss": of_loss}
             self.optimizer = make_optimizer(self.config.optimizer, self.config.steps, abstract)
-            self.first = jax.jit(lambda model: init_state(self.config, self.optimizer, model))(load(self.factory))
+            make_state = jax.jit(lambda model: init_state(self.config, self.optimizer, model, *widths))
+            self.first = make_state(load(self.factory))
             self._step = jax.jit(self._make_step())
 
         # One shape, the largest, so that one program is compiled.
         self.builder = BatchBuilder(self.data.plan, **self.data.meta["layout"], rungs=self.data.builder.rungs[-1:])
 
     def _make_step(self) -> Any:
-        return make_step(self.config, self.factory, self.optimizer, self.data.plan.positives, self.config.steps)
+        return make_step(self.config, self.factory, self.optimizer, self.pair, self.config.steps)
+
+    @property
+    def pair(self) -> PairShape:
+        return PairShape(self.data.plan.positives, self.data.plan.negatives)
 
     def batch(self, n: int) -> Any:
         return self.data.to_device(self.builder.build(n)[0], self.mesh)
 
     def gradient(self, n: int = 0) -> tuple[float, dict[str, np.ndarray]]:
         """The loss of step n and its gradient, dropout on where the config has it."""
-        loss = make_loss(self.config, self.factory, self.data.plan.positives)
-        step = jnp.int32(n) if self.config.model.dropout else None
+        loss = make_loss(self.config, self.factory, self.pair)
         with jax.set_mesh(self.mesh):
             (value, _), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(
-                self.first.params, self.batch(n), step
+                self.first.params, self.batch(n), jnp.int32(n), {}
             )
         return float(value), host(gradient)
 
     def step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, float]]:
         with jax.set_mesh(self.mesh):
-            state, metrics = self._step(state, batch)
+            state, metrics = self._step(state, batch, {})
         return state, {name: float(x) for name, x in metrics.items()}
 
     def train(self, steps: int) -> tuple[TrainState, list[float]]:
@@ -103,7 +110,7 @@ def assert_near(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> None
         assert np.abs(got[path] - b).max() <= TOLERANCE * np.abs(yardstick).max(), path
 
 
-FULL = {"loss__learn_temperature": True, "loss__symmetric": True, "optimizer__ema": 0.7}
+FULL = {"loss__learn_temperature": True, "loss__blocks": ("qd", "dq"), "optimizer__ema": 0.7}
 DROPOUT = {"model__dropout": 0.1, "model__attention_dropout": 0.1, "model__attention_kernel": "xla"}
 
 
@@ -144,7 +151,7 @@ def test_loss_and_gradient_do_not_depend_on_the_mesh(folder, mesh, dropout):
     want, want_gradient = reference_gradient(folder, dropout)
     got, got_gradient = bench(folder, mesh, dropout).gradient()
     assert abs(got - want) <= TOLERANCE * abs(want)
-    assert want_gradient["loss/log_temperature"] != 0
+    assert want_gradient["loss/infonce/log_temperature"] != 0
     assert_near(got_gradient, want_gradient)
 
 
@@ -167,15 +174,34 @@ def test_twenty_adamw_steps_do_not_depend_on_the_mesh(folder, mesh):
     assert_near(got, want)
 
 
-@pytest.mark.parametrize(
-    ("micro_batches", "mesh", "dropout"),
-    [(2, "one", False), (4, "one", True), (2, "data 2, fsdp 2, tensor 2", True)],
-)
-def test_gradient_caching_changes_nothing(folder, micro_batches, mesh, dropout):
-    want, want_gradient = reference_gradient(folder, dropout)
-    got, got_gradient = bench(folder, mesh, dropout, grad_cache=micro_batches).gradient()
+EVERYTHING = {
+    "losses": (
+        {"blocks": ("qd", "dq", "qq", "dd"), "learn_temperature": True, "false_negatives": "absolute"},
+        {"name": "sigmoid", "bias": -3.0, "weight": 0.1},
+        {"name": "spread_out"},
+    ),
+    "matryoshka": {"dims": (16,), "layers": (1,), "pairs": "zip", "kl": 0.5},
+}
+
+
+@pytest.mark.parametrize(("micro_batches", "mesh"), [(4, "one"), (16, "one"), (4, "data 2, fsdp 2, tensor 2")])
+def test_gradient_caching_changes_nothing(folder, micro_batches, mesh):
+    """Several losses at several sizes, dropout on."""
+    want, want_gradient = everything_at_once(folder)
+    got, got_gradient = Bench(everything(folder, micro_batches), MESHES.get(mesh, ONE)).gradient()
     assert abs(got - want) <= TOLERANCE * abs(want)
+    for name in ("infonce/log_temperature", "sigmoid/bias"):
+        assert want_gradient[f"loss/{name}"] != 0
     assert_near(got_gradient, want_gradient)
+
+
+def everything(folder, micro_batches: int) -> Config:
+    return tiny_config(folder, grad_cache=micro_batches, **EVERYTHING, **DROPOUT)
+
+
+@functools.cache
+def everything_at_once(folder) -> tuple[float, dict[str, np.ndarray]]:
+    return Bench(everything(folder, 1), ONE).gradient()
 
 
 def test_a_loss_that_is_not_finite_changes_nothing_but_the_metrics(folder):

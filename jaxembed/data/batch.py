@@ -25,6 +25,31 @@ SCOPE_ALL = -1  # rows of this scope take negatives from every pool
 SCOPE_OWN = -2  # rows of this scope take no in-batch negatives, only their own hard ones
 
 
+@dataclasses.dataclass(frozen=True)
+class PairShape:
+    """How many texts each pair of a batch has room for: a query, its positives, its hard negatives, …
+
+    Attributes:
+      positives: P.
+      negatives: K.
+      negative_queries: … and for each hard negative a query that it answers.
+    """
+
+    positives: int
+    negatives: int
+    negative_queries: bool = False
+
+    @property
+    def documents(self) -> int:
+        """D, positives and hard negatives."""
+        return self.positives + self.negatives
+
+    @property
+    def texts(self) -> int:
+        """T, all of them."""
+        return 1 + self.documents + (self.negatives if self.negative_queries else 0)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:

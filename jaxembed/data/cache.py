@@ -40,7 +40,8 @@ class DamagedCacheError(ValueError):
 class TokenCache:
     """The tokens of one source. Read-only, memory-mapped, picklable (by its path); threads may share it.
 
-    The texts of record r are numbers first_text[r] … first_text[r + 1] - 1: its query, its positives, its negatives.
+    The texts of record r are numbers first_text[r] … first_text[r + 1] - 1: its query, its positives, its negatives,
+    and where `negative_queries` holds, for each of these negatives a query that it does answer.
 
     Attributes:
       path: the folder.
@@ -49,6 +50,8 @@ class TokenCache:
       licence: what the data set says of its own licence; '' where it says nothing, as files do.
       n_records, n_texts: how many there are.
       max_positives, max_negatives: most of one record.
+      negative_queries: whether the records with negatives have their queries too: all of them do, or none.
+      scored: whether every document has a score.
       max_length: longest text in tokens.
       total_tokens: of all texts.
       truncated: texts that were cut to the maximum length.
@@ -95,6 +98,8 @@ class TokenCache:
         self.n_texts: int = meta["n_texts"]
         self.max_positives: int = meta["max_positives"]
         self.max_negatives: int = meta["max_negatives"]
+        self.negative_queries: bool = meta["negative_queries"]
+        self.scored: bool = meta["scored"]
         self.max_length: int = meta["max_length"]
         self.total_tokens: int = meta["total_tokens"]
         self.truncated: int = meta["truncated"]

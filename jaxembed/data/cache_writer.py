@@ -17,7 +17,7 @@ from jaxembed.config import MaxLength, PromptConfig
 from jaxembed.data.records import Record, RecordReader
 from jaxembed.data.tokenizer import Tokenizer
 
-FORMAT = 2  # raised when what stands in the files changes: older folders are then built anew
+FORMAT = 3  # raised when what stands in the files changes: older folders are then built anew
 META = "meta.json"
 INSTRUCTION = "{instruction}"  # in a prompt: the record's own instruction
 
@@ -34,6 +34,8 @@ class _Counts:
     n_texts: int = 0
     max_positives: int = 0
     max_negatives: int = 0
+    negative_queries: bool = False
+    scored: bool = True
     max_length: int = 0
     total_tokens: int = 0
     truncated: int = 0
@@ -123,14 +125,10 @@ class _Chunks:
 
     def arrays(self, records: list[tuple[int, Record]]) -> dict[str, np.ndarray]:
         """Returns the rows that these (line, record) add to every array of the cache."""
-        texts_of = [(r.query, *r.positives, *r.negatives) for _, r in records]
-        prompts_of = [self._prompts_of(record) for _, record in records]
+        texts_of = [_texts(record) for _, record in records]
+        prompts_of = [_per_text(record, *self._prompts_of(record)) for _, record in records]
         whole = self._tokenizer.tokenize(
-            [
-                prompt + text
-                for texts, prompts in zip(texts_of, prompts_of)
-                for prompt, text in zip(_per_text(prompts, texts), texts)
-            ]
+            [prompt + text for texts, prompts in zip(texts_of, prompts_of) for prompt, text in zip(prompts, texts)]
         )
         counts, first = self._counts, not self._counts.n_records
         ids: list[np.ndarray] = []
@@ -144,17 +142,24 @@ class _Chunks:
             if any(len(tokens) == 0 for tokens in own):  # only a tokenizer without special tokens gives none
                 self._reader.reject(line, "a text has no token")
                 continue
-            limits = _per_text((self._max_lengths.query, self._max_lengths.document), texts)
-            for text, tokens, limit, prompt in zip(texts, own, limits, _per_text(prompts, texts)):
+            if record.negatives and counts.max_negatives and bool(record.negative_queries) != counts.negative_queries:
+                has = "no negative_query" if counts.negative_queries else "a negative_query"
+                self._reader.reject(line, f"has {has}, unlike the records before: give one to all negatives or to none")
+                continue
+            limits = _per_text(record, self._max_lengths.query, self._max_lengths.document)
+            for text, tokens, limit, prompt in zip(texts, own, limits, prompts):
                 counts.truncated += len(tokens) > limit
                 ids.append(self._tokenizer.truncate(tokens, limit))
                 prompt_lengths.append(self._prompt_tokens(prompt, len(ids[-1])))
                 hashes.append(_hash(text))
-            scores += (np.nan, *(record.scores or (np.nan,) * (len(texts) - 1)))
+            missing = (np.nan,) * len(record.positives + record.negatives)
+            scores += (np.nan, *(record.scores or missing), *(np.nan for _ in record.negative_queries))
             counts.n_records += 1
             counts.n_texts += len(texts)
             counts.max_positives = max(counts.max_positives, len(record.positives))
             counts.max_negatives = max(counts.max_negatives, len(record.negatives))
+            counts.negative_queries |= len(record.negative_queries) > 0
+            counts.scored &= len(record.scores) > 0
             record_ends.append(counts.n_texts)
             n_positives.append(len(record.positives))
             groups.append(self._group(record))
@@ -195,9 +200,15 @@ class _Chunks:
         return (_hash(f"label\0{self._source_digest}\0{record.label}") or 1) if record.label else 0
 
 
-def _per_text(pair: tuple[Any, Any], texts: tuple[str, ...]) -> list[Any]:
-    """Spreads (query's, document's) over a record's texts."""
-    return [pair[0], *[pair[1]] * (len(texts) - 1)]
+def _texts(record: Record) -> tuple[str, ...]:
+    """Returns a record's texts in the order of the cache."""
+    return (record.query, *record.positives, *record.negatives, *record.negative_queries)
+
+
+def _per_text(record: Record, of_query: Any, of_document: Any) -> list[Any]:
+    """Spreads what queries and documents have over a record's texts."""
+    n_documents = len(record.positives) + len(record.negatives)
+    return [of_query, *[of_document] * n_documents, *[of_query] * len(record.negative_queries)]
 
 
 def _hash(text: str) -> int:
@@ -209,7 +220,7 @@ def _chunks_of(reader: RecordReader) -> Iterator[list[tuple[int, Record]]]:
     n_texts = n_characters = 0
     for record in reader:
         chunk.append((reader.line, record))
-        texts = (record.query, *record.positives, *record.negatives)
+        texts = _texts(record)
         n_texts += len(texts)
         n_characters += sum(map(len, texts))
         if n_texts >= _CHUNK_TEXTS or n_characters >= _CHUNK_CHARACTERS:

@@ -22,7 +22,8 @@ class Layout:
     """Where the texts of a step lie. A text's number is pair · T + place in the pair.
 
     Attributes:
-      texts_BinsxN: int64, the texts in each bin by slot: Tq queries, then Td documents; bin = shard · M + micro-batch.
+      texts_BinsxN: int64, the texts in each bin by slot: Tq queries, then the other texts of each pair; bin = shard ·
+        M + micro-batch.
       rows_BinsxN: int64, the row of its bin that each of them lies in.
       starts_BinsxN: int64, its first place in that row.
       rows_needed: rows of the fullest bin.
@@ -41,7 +42,7 @@ class StepInfo:
     Attributes:
       step: its number.
       pairs: B.
-      real_tokens: of all texts.
+      real_tokens: of all texts, as the model reads them; a teacher's are not counted.
       padded_tokens: places in all rows, padding included.
       rows_per_bin: the rung.
       waste: the part of the places that is padding.
@@ -63,10 +64,30 @@ def lay_out(step: StepPlan, n_bins: int, row_length: int) -> Layout:
     first_BinsxQ = pair_BinsxQ * n_texts
     documents = first_BinsxQ[:, :, None] + np.arange(1, n_texts)
     texts_BinsxN = np.concatenate([first_BinsxQ, documents.reshape(n_bins, -1)], axis=1)
+    return pack_bins(texts_BinsxN, step, row_length)
+
+
+def pack_bins(texts_BinsxN: np.ndarray, step: StepPlan, row_length: int) -> Layout:
+    """Packs the texts of each bin into its rows, deterministically."""
     packed = [pack(lengths, row_length) for lengths in step.lengths_BxT.reshape(-1)[texts_BinsxN]]
     rows_BinsxN = np.stack([rows for rows, _ in packed])
     starts_BinsxN = np.stack([starts for _, starts in packed])
     return Layout(texts_BinsxN, rows_BinsxN, starts_BinsxN, int(rows_BinsxN.max()) + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherTexts:
+    """The planned texts in the tokens of a teacher.
+
+    Attributes:
+      plan: over the teacher's caches. It names the same texts at every step, of other lengths.
+      row_length: L', tokens.
+      rungs: those of the run that is continued, as many as the model's; None where those are chosen too.
+    """
+
+    plan: Plan
+    row_length: int
+    rungs: Sequence[int] | None = None
 
 
 class BatchBuilder:
@@ -77,11 +98,19 @@ class BatchBuilder:
       shards: S, parts of the mesh that hold different rows.
       micro_batches: M.
       row_length: L, tokens.
-      rungs: the numbers of rows that a bin may have.
+      rungs: the numbers of rows that a bin may have, in ascending order.
+      teacher: fills the rows of the same texts in a teacher's tokens, or None. A step takes the i-th rung of both
+        builders, so that a teacher adds one shape to compile at the most.
     """
 
     def __init__(
-        self, plan: Plan, shards: int, micro_batches: int, row_length: int, rungs: Sequence[int] | None = None
+        self,
+        plan: Plan,
+        shards: int,
+        micro_batches: int,
+        row_length: int,
+        rungs: Sequence[int] | None = None,
+        teacher: TeacherTexts | None = None,
     ) -> None:
         """Makes a builder.
 
@@ -90,7 +119,9 @@ class BatchBuilder:
           shards: S.
           micro_batches: M.
           row_length: L.
-          rungs: those of the run that is continued; chosen from the first planned steps by default.
+          rungs: those of the run that is continued; chosen from the first planned steps by default, then a teacher's
+            too.
+          teacher: the texts in a teacher's tokens; None where it reads the model's rows, or where there is none.
 
         Raises:
           UserError: the batch does not share out evenly, or a text does not fit in a row.
@@ -110,7 +141,13 @@ class BatchBuilder:
         self.shards = shards
         self.micro_batches = micro_batches
         self.row_length = row_length
-        self.rungs = self._choose_rungs() if rungs is None else tuple(rungs)
+        teacher_rungs = teacher.rungs if teacher else None
+        if rungs is None:
+            rungs, teacher_rungs = self._choose_rungs(teacher)
+        self.rungs = tuple(rungs)
+        self.teacher: BatchBuilder | None = None
+        if teacher:
+            self.teacher = BatchBuilder(teacher.plan, shards, micro_batches, teacher.row_length, teacher_rungs)
 
     def layout(self, n: int) -> Layout:
         """Returns where the texts of step n lie."""
@@ -126,23 +163,43 @@ class BatchBuilder:
 
         Returns:
           Batch: rows [M, S · r, L], shard s owning rows s · r … (s + 1) · r - 1 of every micro-batch; queries [B] and
-          documents [B, P + K] in the order (shard, micro-batch, slot), whole whatever `shards` is.
+          documents [B, P + K] in the order (shard, micro-batch, slot), whole whatever `shards` is; and with a teacher
+          that has rows of its own teacher_rows [M, S · r', L'], every text in the bin and slot that it has in rows.
         """
         step = self.plan.step(n)
         layout = lay_out(step, self.shards * self.micro_batches, self.row_length)
-        rung = rung_for(layout.rows_needed, self.rungs)
-        rows = self._fill(step, layout, rung, range(self.shards) if shards is None else shards)
-        batch = Batch(rows, *self._relate(step, layout))
+        filled = range(self.shards) if shards is None else shards
+        rung, teacher_rows = self._rung_number(layout), None
+        if self.teacher:
+            read = self.teacher.plan.step(n)
+            read_layout = pack_bins(layout.texts_BinsxN, read, self.teacher.row_length)
+            rung = max(rung, self.teacher._rung_number(read_layout))
+            teacher_rows = self.teacher._fill(read, read_layout, self.teacher.rungs[rung], filled)
+        rows = self._fill(step, layout, self.rungs[rung], filled)
+        batch = Batch(rows, *self._relate(step, layout), teacher_rows)
         real = int(step.lengths_BxT.sum(dtype=np.int64))
-        padded = self.shards * self.micro_batches * rung * self.row_length
-        return batch, StepInfo(n, self.plan.batch_size, real, padded, rung, 1 - real / padded)
+        padded = self.shards * self.micro_batches * self.rungs[rung] * self.row_length
+        return batch, StepInfo(n, self.plan.batch_size, real, padded, self.rungs[rung], 1 - real / padded)
 
-    def _choose_rungs(self) -> tuple[int, ...]:
+    def _rung_number(self, layout: Layout) -> int:
+        return self.rungs.index(rung_for(layout.rows_needed, self.rungs))
+
+    def _choose_rungs(self, teacher: TeacherTexts | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Returns the model's rungs and a teacher's, from what the first planned steps need."""
         texts = self.plan.batch_size * self.plan.texts_per_pair
         least, most = _SAMPLED_STEPS
-        needed = [self.layout(n).rows_needed for n in range(min(max(_SAMPLED_TEXTS // texts, least), most))]
+        needed, read = [], []
+        for n in range(min(max(_SAMPLED_TEXTS // texts, least), most)):
+            layout = self.layout(n)
+            needed.append(layout.rows_needed)
+            if teacher:
+                read.append(pack_bins(layout.texts_BinsxN, teacher.plan.step(n), teacher.row_length).rows_needed)
         texts_per_bin = texts // (self.shards * self.micro_batches)
-        return choose_rungs(needed, worst_case_rows(texts_per_bin, self.row_length, self.plan.max_length))
+        rungs = choose_rungs(needed, worst_case_rows(texts_per_bin, self.row_length, self.plan.max_length))
+        if teacher is None:
+            return rungs, ()
+        worst_case = worst_case_rows(texts_per_bin, teacher.row_length, teacher.plan.max_length)
+        return _couple(rungs, needed, read, worst_case)
 
     def _relate(self, step: StepPlan, layout: Layout) -> tuple[Texts, Texts]:
         """Returns the relation in the order (bin, slot)."""
@@ -217,3 +274,27 @@ def prefetch(
 
 def _reorder(texts: Texts, order: np.ndarray) -> Texts:
     return Texts(**{field.name: getattr(texts, field.name)[order] for field in dataclasses.fields(texts)})
+
+
+def _couple(
+    rungs: Sequence[int], needed: Sequence[int], teacher_needed: Sequence[int], teacher_worst_case: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Gives each of the model's rungs one of a teacher's, as lengths in the two kinds of tokens go together.
+
+    A teacher's rung is the most rows that it needed in the steps that fit the model's. The rung that holds all of these
+    steps has headroom for both, and the last one holds any step; the model's may be one rung, and then comes twice.
+
+    Args:
+      rungs: the model's.
+      needed: rows of the model's fullest bin in each of some planned steps.
+      teacher_needed: rows of the teacher's.
+      teacher_worst_case: rows that no step exceeds.
+    """
+    top, most = choose_rungs(teacher_needed, teacher_worst_case, max_rungs=2)[0], max(needed)
+    seen = rungs[:-1] if len(rungs) > 1 and rungs[-2] >= most else rungs
+    of_seen = [
+        top if rung >= most else max(rows for n, rows in zip(needed, teacher_needed) if n <= rung) for rung in seen
+    ]
+    pairs = dict.fromkeys([*zip(seen, of_seen), (rungs[-1], teacher_worst_case)])
+    model, teacher = zip(*pairs)
+    return model, teacher

@@ -2,6 +2,8 @@
 
 A layout maps our field names to keys of the file. `jaxembed` is this package's own format; `st` is what
 sentence-transformers trains on (columns by order), `flagembedding` and `tevatron` are those systems' JSON lines.
+`texts` has single texts, each a pair with itself: for SimCSE (arXiv:2104.08821), whose two views of a text differ by
+dropout.
 """
 
 import functools
@@ -14,12 +16,13 @@ from typing import Any
 MAX_POSITIVES = 65_535  # counts are kept as uint16
 _MAX_SCORE = 3.4e38  # scores are kept as float32
 
-FIELDS = ("query", "positive", "negative", "group", "id", "scores", "score", "label", "instruction")
 Layout = Mapping[str, tuple[str, ...]]  # our field → the file's keys, whose values are joined
 
-_PLAIN = ("query", "positive", "negative", "group", "id", "scores", "label", "instruction")
+_NAMES = ("group", "id", "label", "instruction")
+_PLAIN = ("query", "positive", "negative", "negative_query", "scores", *_NAMES)
 _LAYOUTS: dict[str, dict[str, tuple[str, ...]]] = {
     "jaxembed": {field: (field,) for field in _PLAIN},
+    "texts": {"text": ("text",), **{field: (field,) for field in _NAMES}},
     "flagembedding": {
         "query": ("query",),
         "positive": ("pos",),
@@ -60,6 +63,7 @@ class Record:
       scores: a teacher's or annotator's, one per positive then negative; or empty.
       label: a class: like a group, but within one source.
       instruction: replaces `{instruction}` in a prompt.
+      negative_queries: for each negative a query that it does answer; or empty.
     """
 
     query: str
@@ -70,6 +74,12 @@ class Record:
     scores: tuple[float, ...] = ()
     label: str = ""
     instruction: str = ""
+    negative_queries: tuple[str, ...] = ()
+
+
+def fields_of(record_format: str) -> tuple[str, ...]:
+    """Returns the fields that `columns` may name a key for."""
+    return ("text", *_NAMES) if record_format == "texts" else (*_PLAIN, "score")
 
 
 @functools.lru_cache(maxsize=256)
@@ -84,6 +94,8 @@ def layout_of(record_format: str, columns: tuple[tuple[str, str], ...], keys: tu
     if record_format == "st":
         return _st_layout(chosen, keys) | chosen
     layout = _LAYOUTS[record_format] | chosen
+    if record_format == "texts":
+        return layout | {"query": layout["text"], "positive": layout["text"]}
     if record_format == "jaxembed" and layout["query"][0] not in keys and "sentence1" in keys:
         layout = layout | {"query": ("sentence1",), "positive": ("sentence2",), "scores": ("score",)} | chosen
     if record_format == "tevatron" and layout["query"][0] not in keys and "query_text" in keys:
@@ -126,13 +138,18 @@ def to_record(row: Mapping[str, Any], layout: Layout, record_format: str) -> Rec
     negatives = _texts(row, layout.get("negative", ()), "", record_format)
     if len(positives) > MAX_POSITIVES:
         raise BadRecord(f"{len(positives)} positives, at most {MAX_POSITIVES} are possible")
+    negative_queries = _texts(row, layout.get("negative_query", ()), "", record_format)
+    if negative_queries and len(negative_queries) != len(negatives):
+        raise BadRecord(
+            f"{len(negative_queries)} negative queries for {len(negatives)} negatives, wants one for each negative"
+        )
     scores = _scores(row, layout.get("scores", ()), record_format)
     if scores and len(scores) != len(positives) + len(negatives):
         raise BadRecord(
             f"{len(scores)} scores for {len(positives)} positives and {len(negatives)} negatives, wants one for each"
         )
-    names = {field: _name(row, layout.get(field, ())) for field in ("group", "id", "label", "instruction")}
-    return Record(query[0], positives, negatives, scores=scores, **names)
+    names = {field: _name(row, layout.get(field, ())) for field in _NAMES}
+    return Record(query[0], positives, negatives, scores=scores, negative_queries=negative_queries, **names)
 
 
 def _texts(row: Mapping[str, Any], keys: tuple[str, ...], required: str, record_format: str) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from jaxembed.config import SourceConfig, nearest
 from jaxembed.data.file_rows import FileRows
-from jaxembed.data.record_formats import FIELDS, BadRecord, Record, layout_of, to_record
+from jaxembed.data.record_formats import BadRecord, Record, fields_of, layout_of, to_record
 from jaxembed.data.rows import RowSource
 from jaxembed.errors import UserError
 
@@ -36,9 +36,13 @@ class RecordReader:
         Raises:
           UserError: there is no such source, or it is of no known kind; an unknown field in `columns`.
         """
+        fields = fields_of(source.format)
         for field in source.columns:
-            if field not in FIELDS:
-                raise UserError(f"{where}.columns: there is no field {field!r}{nearest(field, FIELDS)}")
+            if field not in fields:
+                raise UserError(
+                    f"{where}.columns: there is no field {field!r} in records of format {source.format!r}"
+                    f"{nearest(field, fields)}"
+                )
         self.source = _open(source, where)
         self._columns = tuple(sorted(source.columns.items()))
         self._format = source.format

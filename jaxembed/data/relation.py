@@ -11,7 +11,7 @@ _PARTNERS = 16  # of a record's positives, so many are known to its query (more 
 
 
 def relation(plan: Plan, step: StepPlan, shards: int) -> tuple[Texts, Texts]:
-    """Describes all texts of a step.
+    """Describes the queries and documents of a step. The hard negatives' own queries are for their loss to know.
 
     Numbers of texts and groups are dense in this step, made from the 64-bit hashes of the caches: equal hashes, equal
     numbers, on both sides. Hard negatives count as rows of no loss (weight 0), void slots likewise.
@@ -25,14 +25,15 @@ def relation(plan: Plan, step: StepPlan, shards: int) -> tuple[Texts, Texts]:
       Queries, NumPy arrays [B]; and documents, [B, P + K]: of each pair its positives, then its hard negatives.
       A query's `partners` are all the positives of its record, those not drawn included, up to 16 or P columns.
     """
-    n_pairs, n_texts = step.texts_BxT.shape
+    n_pairs = step.source_B.size
     pair_B = np.arange(n_pairs, dtype=np.int32)
-    real_BxD = step.texts_BxT[:, 1:] >= 0
-    positive_BxD = real_BxD & (np.arange(n_texts - 1) < plan.positives)
-    text_BxT, partners_BxW = _text_numbers(plan, step)
+    documents_BxD = step.texts_BxT[:, 1 : 1 + plan.documents]
+    real_BxD = documents_BxD >= 0
+    positive_BxD = real_BxD & (np.arange(plan.documents) < plan.positives)
+    query_text_B, document_text_BxD, partners_BxW = _text_numbers(plan, step)
     group_B = _group_numbers(plan, step)
     pool_B, scope_B = _pools(plan, step, shards)
-    score_BxT = plan.take(step.source_B, np.maximum(step.texts_BxT, 0), lambda cache, text: cache.scores[text])
+    score_BxD = plan.take(step.source_B, np.maximum(documents_BxD, 0), lambda cache, text: cache.scores[text])
 
     def of_documents(value_B: np.ndarray, void: int, present_BxD: np.ndarray = real_BxD) -> np.ndarray:
         return np.where(present_BxD, value_B[:, None], void)
@@ -41,7 +42,7 @@ def relation(plan: Plan, step: StepPlan, shards: int) -> tuple[Texts, Texts]:
     queries = _texts(
         pair=pair_B,
         rank=np.zeros_like(pair_B),
-        text=text_BxT[:, 0],
+        text=query_text_B,
         partners=partners_BxW,
         group=group_B,
         source=step.source_B,
@@ -52,22 +53,21 @@ def relation(plan: Plan, step: StepPlan, shards: int) -> tuple[Texts, Texts]:
     )
     documents = _texts(
         pair=of_documents(pair_B, VOID),
-        rank=np.where(positive_BxD, np.arange(n_texts - 1), HARD_NEGATIVE),
-        text=text_BxT[:, 1:],
-        partners=of_documents(text_BxT[:, 0], NO_TEXT, positive_BxD)[:, :, None],
+        rank=np.where(positive_BxD, np.arange(plan.documents), HARD_NEGATIVE),
+        text=document_text_BxD,
+        partners=of_documents(query_text_B, NO_TEXT, positive_BxD)[:, :, None],
         group=of_documents(group_B, NO_GROUP),
         source=of_documents(step.source_B, 0, everywhere),
         pool=of_documents(pool_B, 0, everywhere),
         scope=of_documents(scope_B, 0, everywhere),
         weight=positive_BxD,
-        score=np.where(real_BxD, score_BxT[:, 1:], np.nan),
+        score=np.where(real_BxD, score_BxD, np.nan),
     )
     return queries, documents
 
 
-def _text_numbers(plan: Plan, step: StepPlan) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the numbers of the step's texts [B, T] and of each query's partners [B, W]; NO_TEXT for none."""
-    n_texts = step.texts_BxT.shape[1]
+def _text_numbers(plan: Plan, step: StepPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the numbers of the queries [B], documents [B, D] and queries' partners [B, W]; NO_TEXT for none."""
     most = max(cache.max_positives for cache in plan.caches)
     column_W = np.arange(min(most, max(_PARTNERS, plan.positives)))
     n_positives_B = plan.take(step.source_B, step.record_B, lambda cache, record: cache.n_positives[record])
@@ -76,11 +76,11 @@ def _text_numbers(plan: Plan, step: StepPlan) -> tuple[np.ndarray, np.ndarray]:
     crowded = np.flatnonzero(n_positives_B > column_W.size)
     partners_BxW[crowded, : plan.positives] = step.texts_BxT[crowded, 1 : 1 + plan.positives]
 
-    texts = np.concatenate([step.texts_BxT, partners_BxW], axis=1)
+    texts = np.concatenate([step.texts_BxT[:, : 1 + plan.documents], partners_BxW], axis=1)
     hashes = plan.take(step.source_B, np.maximum(texts, 0), lambda cache, text: cache.hashes[text])
     numbers = np.full(texts.shape, NO_TEXT, np.int64)
     numbers[texts >= 0] = np.unique(hashes[texts >= 0], return_inverse=True)[1]
-    return numbers[:, :n_texts], numbers[:, n_texts:]
+    return numbers[:, 0], numbers[:, 1 : 1 + plan.documents], numbers[:, 1 + plan.documents :]
 
 
 def _group_numbers(plan: Plan, step: StepPlan) -> np.ndarray:

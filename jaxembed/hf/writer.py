@@ -58,6 +58,7 @@ def write_folder(
     prompts: Mapping[str, str],
     default_prompt_name: str = "",
     similarity: str = "cosine",
+    truncate_dim: int = 0,
     dtype: str = "float32",
     unused: Mapping[str, np.ndarray] | None = None,
     extra_files: Mapping[str, bytes] | None = None,
@@ -79,6 +80,7 @@ def write_folder(
       prompts: name → text.
       default_prompt_name: one of prompts, '' for none.
       similarity: 'cosine' | 'dot' | 'euclidean' | 'manhattan'.
+      truncate_dim: vectors are cut to this many dimensions after all else; 0 for not.
       dtype: of the tensors written: 'float32' | 'bfloat16' | 'float16'.
       unused: from `jaxembed.hf.weights.unused_tensors`; those not given are written as zeros.
       extra_files: name → content of further files, such as README.md.
@@ -119,6 +121,7 @@ def write_folder(
             "prompts": dict(prompts),
             "default_prompt_name": default_prompt_name or None,
             "similarity_fn_name": similarity,
+            **({"truncate_dim": truncate_dim} if truncate_dim else {}),
         }
         _write_json(folder / SETTINGS, settings)
         for name, content in (extra_files or {}).items():

@@ -1,10 +1,11 @@
-"""The engine under the contrastive losses: masked log-sum-exp over all devices' texts, in tiles.
+"""The engine under all losses that compare every text with every other: in tiles, over all devices' texts.
 
-For every row (a query, say) it returns the log-sum-exp of its scores against its negatives and the scores of its
-positives, which is all that InfoNCE and its kin need. The rows and columns stay on their shards; each shard gathers
-the columns of all devices and walks over tiles of the similarity matrix with an online log-sum-exp (Milakov &
-Gimelshein 2018, arXiv:1805.02867), so B x B never exists. The backward pass computes the scores anew, as in
-Inf-CL (Cheng et al. 2024, arXiv:2410.17243).
+A row (a query, say) is scored against the columns (documents, say) of all devices, and its scores are reduced to one
+number (`reductions.py`), a log-sum-exp for InfoNCE. Rows and columns stay on their shards. Tiles of the similarity
+matrix come and go, so B x B never exists; the backward pass computes them anew, as in Inf-CL (Cheng et al. 2024,
+arXiv:2410.17243). There are two ways to meet the columns of other devices: `gather` collects them all, `ring` passes
+blocks of them round, one hop ahead of the products, and their gradients with them, so that memory does not grow with
+the number of devices.
 
 The custom VJP wraps the `shard_map`s and does not sit inside one: with `check_vma=False` inside, gradients of
 replicated inputs such as the temperature would silently come out multiplied by the number of devices.
@@ -14,284 +15,376 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxembed.data.batch import HARD_NEGATIVE, NO_GROUP, NO_TEXT, SCOPE_ALL, VOID, Texts
-from jaxembed.sharding import AXES, BATCH
+from jaxembed.losses.embedded import EXACT
+from jaxembed.losses.negatives import FILL, Identities, Rule, candidates
+from jaxembed.losses.reductions import MASKED, LogSumExp, Reduction, State
 
-MASKED = -1e30  # finite: with -inf a row without negatives would give NaN, and 0 * NaN is NaN
-EXACT = jax.lax.Precision.HIGHEST  # float32 scores also where the default is bfloat16 passes
+GATHER_BYTES = 2**28  # up to here all columns and their gradient are collected on each device; beyond, the ring
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """How to compute; changes no result but for rounding.
+
+    Attributes:
+      axes: mesh axes that rows and columns are sharded over; () for one device.
+      exchange: 'gather' | 'ring' | 'auto', by the memory that gathering would take.
+      precision: of the products' factors: 'float32' | 'bfloat16'; sums are float32.
+      tile: edge of a tile.
+    """
+
+    axes: tuple[str, ...] = ()
+    exchange: str = "auto"
+    precision: str = "float32"
+    tile: int = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """Which scores are reduced, and how.
+
+    Attributes:
+      rule: which columns count.
+      reduction: what a row's scores become.
+      hardness: added to the scale of chosen columns, as a weight exp(hardness · similarity) without gradient.
+      hardness_of: 'own' hard negatives, others, 'in_batch', or 'all'.
+    """
+
+    rule: Rule
+    reduction: Reduction
+    hardness: float = 0.0
+    hardness_of: str = "all"
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class RowScores:
-    """What a row needs for its loss.
+class Side:
+    """Rows or columns, arrays sharded over the method's axes.
 
     Attributes:
-      negatives: float32 [N], log-sum-exp of scaled scores over the row's negatives, MASKED without any.
-      hardest: float32 [N], the highest of those scores; carries no gradient.
-      positives: float32 [N, P], the scaled score of positive 0 ... P-1, 0 where there is none.
-      found: float32 [N, P], 1 where there is one; carries no gradient.
+      vectors: float32 [n, E].
+      identities: what they are.
+      guide: float32 [n, F], a guide's vectors of them, or None; without gradient.
+      ceiling: rows only: float32 [n], more similar columns are left out as false negatives; None for no such rule.
+        Similarities of the guide decide, where there is one.
+      offset: rows only: float32 [n], taken off the row's similarities; without gradient. With the positive's similarity
+        as the offset, the gradient of the scale is a sum of small numbers, not the difference of two large ones.
     """
 
-    negatives: jax.Array
-    hardest: jax.Array
-    positives: jax.Array
-    found: jax.Array
+    vectors: jax.Array
+    identities: Identities
+    guide: jax.Array | None = None
+    ceiling: jax.Array | None = None
+    offset: jax.Array | None = None
 
 
-def loss_axes(*counts: int) -> tuple[str, ...]:
-    """Returns the mesh axes that texts are spread over for the loss: all of size > 1, as far as they divide `counts`.
-
-    The batch axes always divide them. Spreading over tensor and sequence too keeps those from repeating the work.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = list(BATCH)
-    for axis in AXES:
-        size = math.prod(mesh.shape[a] for a in axes) * mesh.shape[axis]
-        if axis not in axes and all(count % size == 0 for count in counts):
-            axes.append(axis)
-    return tuple(axes)
-
-
-def row_scores(
-    rows_NxE: jax.Array,
-    columns_MxE: jax.Array,
-    row_texts: Texts,
-    column_texts: Texts,
+def reduce_scores(
+    rows: Side,
+    columns: Side,
+    scoring: Scoring,
+    method: Method,
     scale: jax.Array,
-    n_positives: int,
-    tile: int = 2048,
-) -> RowScores:
-    """Scores every row against the columns of all devices.
-
-    A column is a row's negative if both are real and it is the pair's own hard negative, or it belongs to another pair,
-    lies in the row's scope (same source, unless the source says otherwise) and shares no group; and never if its
-    text equals the row's, or one of the row's partners, or the row is a known partner of it.
+    bias: jax.Array | float = 0.0,
+    guide_scale: jax.Array | float = 1.0,
+) -> tuple[jax.Array, jax.Array]:
+    """Reduces each row's scores, scale · (similarity - offset) + bias, over the columns that count.
 
     Args:
-      rows_NxE: float32 vectors, sharded over the batch axes.
-      columns_MxE: the vectors they are compared with, likewise.
-      row_texts: what the rows are, N entries in the same order.
-      column_texts: what the columns are, M entries.
-      scale: scalar that dot products are multiplied by, 1 / temperature.
-      n_positives: P, the most positives of a row among the columns.
-      tile: edge of the tiles, per device.
+      rows: n of them.
+      columns: m of them.
+      scoring: which scores, and how they are reduced.
+      method: how to compute.
+      scale: float32 scalar, 1 / temperature.
+      bias: float32 scalar, added to the scores.
+      guide_scale: float32 scalar, of the guide's scores, for reductions that take them.
 
     Returns:
-      `RowScores`, arrays sharded over `loss_axes(N, M)`. Differentiable in rows, columns and scale.
+      float32 [n], the reduced scores, and float32 [n], the highest similarity among them (MASKED without any), which
+      carries no gradient. Differentiable in both sides' vectors, scale and bias.
     """
-    axes = loss_axes(rows_NxE.shape[0], columns_MxE.shape[0])
-    spread = lambda x: jax.sharding.reshard(x, P(axes, *(None,) * (x.ndim - 1)))  # noqa: E731
-    rows_NxE, columns_MxE, row_texts, column_texts = jax.tree.map(
-        spread, (rows_NxE, columns_MxE, row_texts, column_texts)
+    dtype = jnp.bfloat16 if method.precision == "bfloat16" else jnp.float32
+    engine = _Engine(scoring, _resolved(method, rows, columns, dtype), rows.vectors.shape[1])
+    vectors = (rows.vectors.astype(dtype), columns.vectors.astype(dtype))
+    scalars = tuple(jnp.asarray(x, jnp.float32) for x in (scale, bias, guide_scale))
+    rest = tuple(
+        jax.lax.stop_gradient(
+            dataclasses.replace(side, vectors=None, guide=None if side.guide is None else side.guide.astype(dtype))
+        )
+        for side in (rows, columns)
     )
-    engine = _Engine(axes, n_positives, tile)
-    return _row_scores(engine, rows_NxE, columns_MxE, scale, row_texts, column_texts)
+    return _reduce(engine, *vectors, *scalars, *rest)
+
+
+def _resolved(method: Method, rows: Side, columns: Side, dtype: jnp.dtype) -> Method:
+    if method.exchange != "auto":
+        return method
+    width = 2 * columns.vectors.shape[1] + (0 if columns.guide is None else columns.guide.shape[1])
+    gathered = columns.vectors.shape[0] * width * jnp.dtype(dtype).itemsize
+    return dataclasses.replace(method, exchange="gather" if gathered <= GATHER_BYTES else "ring")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _reduce(engine: "_Engine", *args: Any) -> tuple[jax.Array, jax.Array]:
+    return engine.forward(*args)[:2]
+
+
+def _reduce_fwd(engine: "_Engine", *args: Any) -> tuple[tuple[jax.Array, jax.Array], tuple]:
+    value, highest, residual = engine.forward(*args)
+    return (value, highest), (*args, residual)
+
+
+def _reduce_bwd(engine: "_Engine", saved: tuple, cotangent: tuple[jax.Array, jax.Array]) -> tuple:
+    return (*engine.backward(*saved, cotangent[0]), None, None, None)
+
+
+_reduce.defvjp(_reduce_fwd, _reduce_bwd)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Engine:
-    """The static part: mesh axes, positives per row, tile edge."""
+    """One comparison's static part, and its two passes."""
 
-    axes: tuple[str, ...]
-    n_positives: int
-    tile: int
-
-    def _shard_map(self, f: Callable, n_sharded: int, n_outputs: tuple[bool, ...]) -> Callable:
-        """Maps f over the shards: `n_sharded` arguments by row, then the scale; outputs by row where True."""
-        by_row = P(self.axes)
-        return jax.shard_map(
-            f,
-            in_specs=(*(by_row,) * n_sharded, P()),
-            out_specs=tuple(by_row if sharded else P() for sharded in n_outputs),
-        )
+    scoring: Scoring
+    method: Method
+    width: int
 
     def forward(
-        self, rows: jax.Array, columns: jax.Array, scale: jax.Array, row_texts: Texts, column_texts: Texts
-    ) -> RowScores:
-        return self._shard_map(self._forward, 4, (True,))(rows, columns, row_texts, column_texts, scale)[0]
-
-    def _forward(
-        self, rows: jax.Array, columns: jax.Array, row_texts: Texts, column_texts: Texts, scale: jax.Array
-    ) -> tuple[RowScores]:
-        column_tiles = _tiles((self._gather(columns), self._gather(column_texts)), self.tile)
-
-        def one_row_tile(row_tile: tuple[jax.Array, Texts]) -> RowScores:
-            row, row_text = row_tile
-
-            def one_column_tile(carry: tuple, column_tile: tuple[jax.Array, Texts]) -> tuple[tuple, None]:
-                top, total, positives, found = carry
-                column, column_text = column_tile
-                scores = _scores(row, column, scale)
-                negative = _negatives(row_text, column_text)
-                scores_negative = jnp.where(negative, scores, MASKED)
-                new_top = jnp.maximum(top, scores_negative.max(1))
-                share = jnp.where(negative, jnp.exp(scores_negative - new_top[:, None]), 0)
-                total = total * jnp.exp(top - new_top) + share.sum(1)
-                ranks = _positives(row_text, column_text)
-                here = [ranks == k for k in range(self.n_positives)]
-                positives += jnp.stack([jnp.where(is_k, scores, 0).sum(1) for is_k in here], 1)
-                found += jnp.stack([is_k.any(1) for is_k in here], 1).astype(jnp.float32)
-                return (new_top, total, positives, found), None
-
-            n = row.shape[0]
-            pair = (n, self.n_positives)
-            start = (jnp.full(n, MASKED), jnp.zeros(n), jnp.zeros(pair), jnp.zeros(pair))
-            (top, total, *positives_found), _ = jax.lax.scan(one_column_tile, self._varying(start), column_tiles)
-            log_sum = jnp.where(total > 0, top + jnp.log(jnp.maximum(total, 1e-30)), MASKED)
-            return RowScores(log_sum, top, *positives_found)
-
-        out = jax.lax.map(one_row_tile, _tiles((rows, row_texts), self.tile))
-        n = rows.shape[0]
-        return (jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:n], out),)
+        self,
+        rows: jax.Array,
+        columns: jax.Array,
+        scale: jax.Array,
+        bias: jax.Array,
+        guide_scale: jax.Array,
+        row_rest: Side,
+        column_rest: Side,
+    ) -> tuple[jax.Array, jax.Array, tuple]:
+        by_row = P(self.method.axes)
+        return self._on_shards(self._forward, 2, (by_row, by_row, by_row))(
+            _with(row_rest, rows), _with(column_rest, columns), scale, bias, guide_scale
+        )
 
     def backward(
         self,
         rows: jax.Array,
         columns: jax.Array,
         scale: jax.Array,
-        row_texts: Texts,
-        column_texts: Texts,
-        log_sum: jax.Array,
-        cotangent: RowScores,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        backward = self._shard_map(self._backward, 7, (True, True, False))
-        return backward(
-            rows, columns, row_texts, column_texts, log_sum, cotangent.negatives, cotangent.positives, scale
+        bias: jax.Array,
+        guide_scale: jax.Array,
+        row_rest: Side,
+        column_rest: Side,
+        residual: tuple,
+        cotangent: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        by_row = P(self.method.axes)
+        d_rows, d_columns, d_scale, d_bias = self._on_shards(self._backward, 4, (by_row, by_row, P(), P()))(
+            _with(row_rest, rows), _with(column_rest, columns), residual, cotangent, scale, bias, guide_scale
         )
+        return d_rows.astype(rows.dtype), d_columns.astype(columns.dtype), d_scale, d_bias
+
+    def _on_shards(self, f: Callable, n_sharded: int, out_specs: tuple) -> Callable:
+        """Maps f over the shards: `n_sharded` arguments by row, then three scalars."""
+        if not self.method.axes:
+            return f
+        return jax.shard_map(f, in_specs=(*(P(self.method.axes),) * n_sharded, *(P(),) * 3), out_specs=out_specs)
+
+    def _forward(
+        self, rows: Side, columns: Side, scale: jax.Array, bias: jax.Array, guide_scale: jax.Array
+    ) -> tuple[jax.Array, jax.Array, tuple]:
+        n = rows.vectors.shape[0]
+        reduction = self.scoring.reduction
+        row_tiles = _tiles(rows, self.method.tile)
+
+        def visit(states: State, block: Side) -> State:
+            column_tiles = _tiles(block, self.method.tile)
+
+            def one_row_tile(row_and_state: tuple[Side, State]) -> State:
+                row, state = row_and_state
+
+                def one_column_tile(state: State, column: Side) -> tuple[State, None]:
+                    similarity, scores, guide, wanted = self._compare(row, column, scale, bias, guide_scale)
+                    inner, highest = state
+                    inner = reduction.add(inner, scores, wanted, guide)
+                    return (inner, self._highest(highest, similarity, wanted)), None
+
+                return jax.lax.scan(one_column_tile, state, column_tiles)[0]
+
+            return jax.lax.map(one_row_tile, (row_tiles, states))
+
+        n_tiles, size = row_tiles.vectors.shape[:2]
+        start = (reduction.start(n_tiles * size), jnp.full(n_tiles * size, MASKED))
+        start = jax.tree.map(lambda x: x.reshape(n_tiles, size), start)
+        states = self._tour(visit, self._varying(start), columns)
+        inner, highest = jax.tree.map(lambda x: x.reshape(-1)[:n], states)
+        value, residual = reduction.finish(inner)
+        if not self._tracks_highest:
+            highest = jnp.maximum(inner[0] / scale, MASKED)
+        return value, highest if rows.offset is None else highest + rows.offset, residual
 
     def _backward(
         self,
-        rows: jax.Array,
-        columns: jax.Array,
-        row_texts: Texts,
-        column_texts: Texts,
-        log_sum: jax.Array,
-        d_negatives: jax.Array,
-        d_positives: jax.Array,
+        rows: Side,
+        columns: Side,
+        residual: tuple,
+        cotangent: jax.Array,
         scale: jax.Array,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        n = rows.shape[0]
-        gathered = self._gather(columns)
-        column_tiles = _tiles((gathered, self._gather(column_texts)), self.tile)
-        row_tiles = _tiles((rows, row_texts, log_sum, d_negatives, d_positives), self.tile)
+        bias: jax.Array,
+        guide_scale: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        n = rows.vectors.shape[0]
+        row_tiles = _tiles(rows, self.method.tile)
+        of_rows = _tiles((residual, cotangent), self.method.tile)
+        n_tiles, size = row_tiles.vectors.shape[:2]
 
-        def one_row_tile(carry: tuple, row_tile: tuple) -> tuple[tuple, jax.Array]:
-            d_columns, d_scale = carry
-            row, row_text, log_sum, d_negative, d_positive = row_tile
+        def visit(sums: tuple, block: Side) -> tuple[tuple, jax.Array]:
+            """Adds what a block gives to the gradients of rows, scale and bias; returns its own."""
+            m = block.vectors.shape[0]
+            column_tiles = _tiles(block, self.method.tile)
 
-            def one_column_tile(carry: tuple, column_tile: tuple) -> tuple[tuple, jax.Array]:
-                d_row, d_scale = carry
-                column, column_text, d_column = column_tile
-                scores = _scores(row, column, scale)
-                negative = _negatives(row_text, column_text)
-                share = jnp.exp(jnp.where(negative, scores - log_sum[:, None], MASKED))
-                d_scores = share * d_negative[:, None]
-                ranks = _positives(row_text, column_text)
-                for k in range(self.n_positives):
-                    d_scores += jnp.where(ranks == k, d_positive[:, k : k + 1], 0)
-                d_row += scale * jnp.dot(d_scores, column, precision=EXACT)
-                d_column += scale * jnp.dot(d_scores.T, row, precision=EXACT)
-                # scores = scale * dot, so d loss / d scale = sum(d_scores * dot)
-                return (d_row, d_scale + (d_scores * scores).sum() / scale), d_column
+            def one_tile(carry: tuple, place: tuple[jax.Array, jax.Array]) -> tuple[tuple, None]:
+                (d_rows, d_scale, d_bias), d_columns = carry
+                i, j = place
+                row, (row_residual, row_cotangent) = _at(row_tiles, i), _at(of_rows, i)
+                column = _at(column_tiles, j)
+                similarity, scores, guide, wanted = self._compare(row, column, scale, bias, guide_scale)
+                slope = self.scoring.reduction.slope(row_residual, scores, wanted, guide)
+                d_scores = slope * row_cotangent[:, None]
+                factor = (scale * d_scores).astype(row.vectors.dtype)
+                d_rows = d_rows.at[i].add(_dot(factor, column.vectors))
+                d_columns = d_columns.at[j].add(_dot(factor.T, row.vectors))
+                sums = (d_rows, d_scale + (d_scores * similarity).sum(), d_bias + d_scores.sum())
+                return (sums, d_columns), None
 
-            start = (self._varying(jnp.zeros(row.shape)), d_scale)
-            (d_row, d_scale), d_columns = jax.lax.scan(one_column_tile, start, (*column_tiles, d_columns))
-            return (d_columns, d_scale), d_row
+            n_columns = column_tiles.vectors.shape[0]
+            places = jnp.divmod(jnp.arange(n_tiles * n_columns), n_columns)
+            start = self._varying(jnp.zeros(column_tiles.vectors.shape))
+            (sums, d_columns), _ = jax.lax.scan(one_tile, (sums, start), places)
+            return sums, d_columns.reshape(-1, self.width)[:m]
 
-        start = self._varying((jnp.zeros_like(column_tiles[0]), jnp.zeros(())))
-        (d_columns, d_scale), d_rows = jax.lax.scan(one_row_tile, start, row_tiles)
-        d_columns = d_columns.reshape(-1, columns.shape[1])[: gathered.shape[0]]
-        d_columns = jax.lax.psum_scatter(d_columns, self.axes, tiled=True)
-        return d_rows.reshape(-1, rows.shape[1])[:n], d_columns, jax.lax.psum(d_scale, self.axes)
+        start = self._varying((jnp.zeros((n_tiles, size, self.width)), jnp.zeros(()), jnp.zeros(())))
+        (d_rows, d_scale, d_bias), d_columns = self._tour_and_return(visit, start, columns)
+        return d_rows.reshape(-1, self.width)[:n], d_columns, self._sum(d_scale), self._sum(d_bias)
 
-    def _varying(self, tree: tuple | jax.Array) -> tuple | jax.Array:
+    def _compare(
+        self, row: Side, column: Side, scale: jax.Array, bias: jax.Array, guide_scale: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
+        """Returns a tile's similarities less the offset, scores, the guide's scores, and which count; all [n, m]."""
+        similarity = _dot(row.vectors, column.vectors.T)
+        guide = None if row.guide is None else _dot(row.guide, column.guide.T)
+        wanted = candidates(self.scoring.rule, row.identities, column.identities)
+        if row.ceiling is not None:
+            wanted &= (similarity if guide is None else guide) <= row.ceiling[:, None]
+        above = similarity if row.offset is None else similarity - row.offset[:, None]
+        scores = scale * above + bias
+        if self.scoring.hardness:
+            own = row.identities.pair[:, None] == column.identities.pair
+            chosen = {"own": own, "in_batch": ~own, "all": True}[self.scoring.hardness_of]
+            scores += jnp.where(chosen, self.scoring.hardness * similarity, 0)
+        return above, scores, None if guide is None else guide_scale * guide, wanted
+
+    @property
+    def _tracks_highest(self) -> bool:
+        """Whether the highest similarity is looked for; a plain log-sum-exp knows it already."""
+        return bool(self.scoring.hardness) or not isinstance(self.scoring.reduction, LogSumExp)
+
+    def _highest(self, highest: jax.Array, similarity: jax.Array, wanted: jax.Array) -> jax.Array:
+        if not self._tracks_highest:
+            return highest
+        return jnp.maximum(highest, jnp.where(wanted, similarity, MASKED).max(1))
+
+    def _tour(self, visit: Callable[[Any, Side], Any], carry: Any, columns: Side) -> Any:
+        """Visits the columns of all devices: at once, or block by block while the next one is on its way."""
+        if self._gathers:
+            return visit(carry, self._gather(columns))
+
+        def hop(carry_and_block: tuple[Any, Side], _: None) -> tuple[tuple[Any, Side], None]:
+            carry, block = carry_and_block
+            coming = self._pass_on(block)  # first, so that it travels while the products are computed
+            return (visit(carry, block), coming), None
+
+        (carry, block), _ = jax.lax.scan(hop, (carry, columns), length=self._n_devices - 1)
+        return visit(carry, block)
+
+    def _tour_and_return(
+        self, visit: Callable[[Any, Side], tuple[Any, jax.Array]], carry: Any, columns: Side
+    ) -> tuple[Any, jax.Array]:
+        """Visits the columns of all devices, and brings what each visit gives for its block to the block's home."""
+        if self._gathers:
+            carry, given = visit(carry, self._gather(columns))
+            axes = self.method.axes
+            return carry, jax.lax.psum_scatter(given, axes, tiled=True) if axes else given
+
+        def hop(state: tuple[Any, Side, jax.Array], _: None) -> tuple[tuple[Any, Side, jax.Array], None]:
+            carry, block, collected = state  # collected: of the block before, which is a device further on
+            coming, collected = self._pass_on(block), self._pass_on(collected)
+            carry, given = visit(carry, block)
+            return (carry, coming, collected + given), None
+
+        start = self._varying(jnp.zeros(columns.vectors.shape))
+        (carry, block, collected), _ = jax.lax.scan(hop, (carry, columns, start), length=self._n_devices - 1)
+        collected = self._pass_on(collected)
+        carry, given = visit(carry, block)
+        return carry, self._pass_on(collected + given)
+
+    @property
+    def _gathers(self) -> bool:
+        return self.method.exchange == "gather" or not self.method.axes
+
+    @property
+    def _n_devices(self) -> int:
+        mesh = jax.sharding.get_abstract_mesh()
+        return math.prod(mesh.shape[axis] for axis in self.method.axes)
+
+    def _gather(self, tree: Any) -> Any:
+        axes = self.method.axes
+        return jax.tree.map(lambda x: jax.lax.all_gather(x, axes, tiled=True), tree) if axes else tree
+
+    def _pass_on(self, tree: Any) -> Any:
+        """Hands arrays to the next device of the ring."""
+        n = self._n_devices
+        hops = [(i, (i + 1) % n) for i in range(n)]
+        return jax.tree.map(lambda x: jax.lax.ppermute(x, self.method.axes, hops), tree)
+
+    def _sum(self, x: jax.Array) -> jax.Array:
+        return jax.lax.psum(x, self.method.axes) if self.method.axes else x
+
+    def _varying(self, tree: Any) -> Any:
         """Says of constants, which start a loop's carry, that they differ between shards, as what is added will."""
-
-        def cast(x: jax.Array) -> jax.Array:
-            missing = tuple(axis for axis in self.axes if axis not in jax.typeof(x).mat.varying)
-            return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-        return jax.tree.map(cast, tree)
-
-    def _gather(self, tree: jax.Array | Texts) -> jax.Array | Texts:
-        return jax.tree.map(lambda x: jax.lax.all_gather(x, self.axes, tiled=True), tree)
+        axes = self.method.axes
+        return jax.tree.map(lambda x: jax.lax.pcast(x, axes, to="varying"), tree) if axes else tree
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _row_scores(
-    engine: _Engine,
-    rows: jax.Array,
-    columns: jax.Array,
-    scale: jax.Array,
-    row_texts: Texts,
-    column_texts: Texts,
-) -> RowScores:
-    return engine.forward(rows, columns, scale, row_texts, column_texts)
+def _with(rest: Side, vectors: jax.Array) -> Side:
+    return dataclasses.replace(rest, vectors=vectors)
 
 
-def _row_scores_fwd(engine: _Engine, *args: jax.Array | Texts) -> tuple[RowScores, tuple]:
-    scores = engine.forward(*args)
-    return scores, (*args, scores.negatives)
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Multiplies matrices, summing in float32: exactly for float32 factors, whatever a device's default is."""
+    return jnp.dot(a, b, precision=EXACT, preferred_element_type=jnp.float32)
 
 
-def _row_scores_bwd(engine: _Engine, residuals: tuple, cotangent: RowScores) -> tuple:
-    return (*engine.backward(*residuals, cotangent), None, None)
+def _at(tree: Any, i: jax.Array) -> Any:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
 
 
-_row_scores.defvjp(_row_scores_fwd, _row_scores_bwd)
-
-
-def _scores(rows: jax.Array, columns: jax.Array, scale: jax.Array) -> jax.Array:
-    return scale * jnp.dot(rows, columns.T, precision=EXACT)
-
-
-def _negatives(row: Texts, column: Texts) -> jax.Array:
-    """Returns bool [n, m]: which columns are negatives of which rows."""
-    same_pair = row.pair[:, None] == column.pair
-    own = same_pair & (column.rank == HARD_NEGATIVE)
-    in_scope = (row.scope[:, None] == column.source) | (row.scope == SCOPE_ALL)[:, None]
-    same_group = (row.group[:, None] == column.group) & (row.group != NO_GROUP)[:, None]
-    wanted = own | (in_scope & ~same_group & ~same_pair)
-    real = (row.pair != VOID)[:, None] & (column.pair != VOID)
-    return wanted & real & ~_equal_text(row, column)
-
-
-def _equal_text(row: Texts, column: Texts) -> jax.Array:
-    """Returns bool [n, m]: the texts are equal, or one is a known match of the other."""
-    equal = row.text[:, None] == column.text
-    for partner in row.partners.T:
-        equal |= partner[:, None] == column.text
-    for partner in column.partners.T:
-        equal |= row.text[:, None] == partner
-    return equal
-
-
-def _positives(row: Texts, column: Texts) -> jax.Array:
-    """Returns int32 [n, m]: k where the column is the row's positive number k, else -1."""
-    match = (row.pair[:, None] == column.pair) & (row.pair != VOID)[:, None] & (row.rank >= 0)[:, None]
-    return jnp.where(match, column.rank, -1)
-
-
-def _tiles(tree: tuple, tile: int) -> tuple:
-    """Cuts arrays of equal length n into [n_tiles, size, ...], the last tile filled up with void texts and zeros."""
+def _tiles(tree: Any, tile: int) -> Any:
+    """Cuts arrays of equal length n into [n_tiles, size, ...], the last tile filled up with empty slots."""
     n = jax.tree.leaves(tree)[0].shape[0]
     count = max(1, -(-n // tile))
     size = -(-n // count)
 
-    def cut(x: jax.Array, fill: float) -> jax.Array:
-        widths = [(0, count * size - n)] + [(0, 0)] * (x.ndim - 1)
-        return jnp.pad(x, widths, constant_values=fill).reshape(count, size, *x.shape[1:])
+    def cut(x: jax.Array, fill: float = 0) -> jax.Array:
+        if count * size > n:
+            widths = [(0, count * size - n)] + [(0, 0)] * (x.ndim - 1)
+            x = jnp.pad(x, widths, constant_values=fill)
+        return x.reshape(count, size, *x.shape[1:])
 
-    def cut_any(x: jax.Array | Texts) -> jax.Array | Texts:
-        return jax.tree.map(cut, x, VOID_TEXT) if isinstance(x, Texts) else cut(x, 0)
+    def cut_any(x: Any) -> Any:
+        return jax.tree.map(cut, x, FILL) if isinstance(x, Identities) else cut(x)
 
-    return tuple(cut_any(x) for x in tree)
-
-
-VOID_TEXT = Texts(VOID, HARD_NEGATIVE, NO_TEXT, NO_TEXT, NO_GROUP, -1, -1, 0, 0)  # fills up a tile
+    return jax.tree.map(cut_any, tree, is_leaf=lambda x: isinstance(x, Identities))

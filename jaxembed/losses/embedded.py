@@ -13,7 +13,6 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jaxembed.data.batch import VOID, Texts
-from jaxembed.sharding import AXES, BATCH
 
 EXACT = jax.lax.Precision.HIGHEST  # float32 products also where the default is bfloat16 passes
 
@@ -90,31 +89,35 @@ def weighted_mean(values_N: jax.Array, weights_N: jax.Array) -> jax.Array:
 def spread(embedded: Embedded) -> Embedded:
     """Spreads the texts over all mesh axes that divide them, so that tensor and sequence do not repeat the work.
 
-    In an explicit mesh the arrays come sharded over the batch axes. Elsewhere (no mesh, or one whose axes are
-    automatic) `axes` stay as they are, and the compiler moves what is to be moved.
+    In an explicit mesh the arrays say which axes they are sharded over. Elsewhere (no mesh, or one whose axes are
+    automatic) nothing is moved here, and `axes` stay as they are.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not all(kind == AxisType.Explicit for kind in mesh.axis_types):
+    if not _is_explicit(mesh):
         return embedded
-    axes = embedded.axes or _loss_axes(mesh, embedded.queries.shape[0])
+    axes = embedded.axes or _loss_axes(mesh, embedded.queries)
     arrays = jax.tree.map(
-        lambda x: jax.sharding.reshard(x, P(axes if x.ndim else None, *(None,) * (x.ndim - 1))), embedded
+        lambda x: jax.sharding.reshard(x, P(axes, *(None,) * (x.ndim - 1)) if x.ndim else P()), embedded
     )
     return dataclasses.replace(arrays, axes=axes)
 
 
-def _loss_axes(mesh: jax.sharding.AbstractMesh, count: int) -> tuple[str, ...]:
-    """Returns the axes that `count` pairs are spread over: the batch's, which always divide them, and others."""
-    axes = [axis for axis in BATCH if axis in mesh.shape]
-    for axis in (axis for axis in AXES if axis in mesh.shape and axis not in axes):
-        if count % (math.prod(mesh.shape[a] for a in axes) * mesh.shape[axis]) == 0:
-            axes.append(axis)
-    return tuple(axes)
-
-
 def everywhere(x: jax.Array) -> jax.Array:
     """Returns the whole array on every device; for small ones."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not all(kind == AxisType.Explicit for kind in mesh.axis_types):
+    if not _is_explicit(jax.sharding.get_abstract_mesh()):
         return x
     return jax.sharding.reshard(x, P(*(None,) * x.ndim))
+
+
+def _is_explicit(mesh: jax.sharding.AbstractMesh) -> bool:
+    return not mesh.empty and all(kind == AxisType.Explicit for kind in mesh.axis_types)
+
+
+def _loss_axes(mesh: jax.sharding.AbstractMesh, queries: jax.Array) -> tuple[str, ...]:
+    """Returns the axes that the pairs are spread over: those that they lie on, and others as far as they divide."""
+    given = jax.typeof(queries).sharding.spec[0]
+    axes = [given] if isinstance(given, str) else list(given or ())
+    for axis in (axis for axis in mesh.axis_names if axis not in axes):
+        if queries.shape[0] % (math.prod(mesh.shape[a] for a in axes) * mesh.shape[axis]) == 0:
+            axes.append(axis)
+    return tuple(axes)

@@ -25,6 +25,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
 }
 MLP = sharding.spec("batch", "sequence", "mlp")
+States = tuple[jax.Array, tuple[jax.Array, ...]]  # of the layer before, and of the chosen layers so far
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,15 +172,21 @@ class Bert(nnx.Module):
         x = self.embeddings(rows, jnp.dtype(options.dtype))
         x = dropout(x, options.dropout, noise, jnp.uint32(0))
 
-        def body(x: jax.Array, layer_and_index: tuple[Layer, jax.Array]) -> tuple[jax.Array, jax.Array | None]:
-            layer, index = layer_and_index
-            y = layer(x, rows, spec, options.dropout, noise, index)
-            return y, y if chosen else None
+        def apply(x: jax.Array, layer: Layer, index: jax.Array) -> jax.Array:
+            return layer(x, rows, spec, options.dropout, noise, index)
 
         if options.remat != "none":
-            body = jax.checkpoint(body, policy=REMAT[options.remat], prevent_cse=False)
+            apply = jax.checkpoint(apply, policy=REMAT[options.remat], prevent_cse=False)
+
+        def body(carry: States, layer_and_index: tuple[Layer, jax.Array]) -> tuple[States, None]:
+            x, kept = carry
+            layer, index = layer_and_index
+            x = apply(x, layer, index)
+            # Kept as they come: as outputs of the scan the states of all layers would be held. The predicates are
+            # scalars, so the backward pass holds nothing large for them.
+            return (x, tuple(jax.lax.select(index + 1 == i, x, y) for i, y in zip(chosen, kept))), None
+
         layers = self.config.layers
         unroll = options.layers_per_iteration(layers)
-        last, outputs = jax.lax.scan(body, x, (self.layers, jnp.arange(layers)), unroll=unroll)
-        picked = jnp.stack([x if i == 0 else outputs[i - 1] for i in chosen]) if chosen else None
-        return TokenStates(last, picked)
+        (last, kept), _ = jax.lax.scan(body, (x, (x,) * len(chosen)), (self.layers, jnp.arange(layers)), unroll=unroll)
+        return TokenStates(last, jnp.stack(kept) if chosen else None)

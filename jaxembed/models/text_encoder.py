@@ -73,8 +73,30 @@ class TextEncoder(nnx.Module):
 
     def __call__(self, rows: Rows, slots: int, noise: Noise | None = None) -> jax.Array:
         """Returns the vectors of the rows' spans: float32 [S, slots, E] for S batch shards."""
-        hidden = self.backbone(rows, noise).last
-        vectors = pool(hidden, rows, slots, self.head.pooling, self.head.pool_prompt)
+        return self._vectors(self.backbone(rows, noise).last, rows, slots)
+
+    def at_depths(self, rows: Rows, slots: int, noise: Noise | None, layers: tuple[int, ...]) -> jax.Array:
+        """Returns the spans' vectors made of the last layer's states, and of those after each of some layers.
+
+        A model cut to its first i layers has the vectors of layer i (2D Matryoshka, Li et al. 2024, arXiv:2402.14776;
+        Starbucks, Zhuang et al. 2024, arXiv:2410.13230), so all depths share the head.
+
+        Args:
+          rows: arrays [R, L].
+          slots: vectors per bin.
+          noise: dropout masks; None switches dropout off.
+          layers: depths, counted from 1.
+
+        Returns:
+          float32 [1 + len(layers), S, slots, E]: the whole model's vectors, then each depth's.
+        """
+        states = self.backbone(rows, noise, layers)
+        chosen = states.chosen if layers else ()
+        return jnp.stack([self._vectors(hidden, rows, slots) for hidden in (states.last, *chosen)])
+
+    def _vectors(self, hidden_RxLxD: jax.Array, rows: Rows, slots: int) -> jax.Array:
+        """Applies the head to token states: float32 [S, slots, E]."""
+        vectors = pool(hidden_RxLxD, rows, slots, self.head.pooling, self.head.pool_prompt)
         if self.head.projection:
             vectors = self.projection(vectors, P(BATCH, None, None))
         return l2_normalize(vectors) if self.head.normalize else vectors
@@ -94,6 +116,17 @@ class ModelFactory:
     """
 
     make: Callable[[], TextEncoder]
+
+    @property
+    def width(self) -> int:
+        """E, the dimensions of a vector; needs a mesh set."""
+        model = jax.eval_shape(self.make)
+        return model.head.projection or model.backbone.config.width
+
+    @property
+    def depth(self) -> int:
+        """The layers of the backbone; needs a mesh set."""
+        return jax.eval_shape(self.make).backbone.config.layers
 
     def abstract(self) -> Params:
         """Returns the parameters as ShapeDtypeStructs with shardings; needs a mesh set."""

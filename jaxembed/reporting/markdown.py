@@ -6,8 +6,9 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from jaxembed.config import Config
+from jaxembed.config import Config, LossConfig
 from jaxembed.hf.hub import REPOSITORY
+from jaxembed.losses.table import ENGINE, LOSSES
 from jaxembed.reporting.history import History, Scores
 from jaxembed.reporting.record import RunRecord, Source
 from jaxembed.stages import stages_of
@@ -111,12 +112,12 @@ def _steps(parts: Sequence[tuple[str, History]]) -> list[tuple[int, int]]:
 
 
 def _settings(config: Config, first: int, last: int) -> dict[str, str]:
-    data, loss, optimizer = config.data, config.loss, config.optimizer
+    data, optimizer = config.data, config.optimizer
     said = {
         "steps": f"{last - first:,}",
         "batch": f"{config.batch_size:,} pairs"
         + (f" in {config.grad_cache} micro-batches (gradient cache)" if config.grad_cache > 1 else ""),
-        "loss": _named(loss, ("tile",)),
+        "loss": _losses(config.all_losses),
         "optimizer": _named(optimizer, () if optimizer.ema else ("ema",)),
         "in a step, per query": f"up to {data.positives} positives and {data.negatives} hard negatives",
         "computation": f"{config.model.dtype}, master weights {config.model.param_dtype}",
@@ -125,11 +126,25 @@ def _settings(config: Config, first: int, last: int) -> dict[str, str]:
     return said
 
 
+def _losses(losses: Sequence[LossConfig]) -> str:
+    """Returns the losses: each one's temperature, and what else was changed."""
+    shown = []
+    for loss in losses:
+        always = {"name", "temperature"} & {"name", *LOSSES[loss.name].takes} | (
+            {"weight"} if len(losses) > 1 else set()
+        )
+        fields = [field.name for field in dataclasses.fields(loss)]
+        alike = [field for field in fields if getattr(loss, field) == getattr(LossConfig(), field)]
+        shown.append(_named(loss, [field for field in (*alike, *ENGINE) if field not in always]))
+    return "; ".join(shown)
+
+
 def _named(settings: Any, hidden: Sequence[str]) -> str:
     """Returns a loss's or an optimizer's name and its settings."""
     values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
     shown = {key: value for key, value in values.items() if key not in ("name", *hidden) and value not in ({}, ())}
-    return f"`{values['name']}`: " + ", ".join(f"{key} {_plain(value)}" for key, value in shown.items())
+    said = ", ".join(f"{key} {_plain(value)}" for key, value in shown.items())
+    return f"`{values['name']}`: {said}" if said else f"`{values['name']}`"
 
 
 def _plain(value: Any) -> str:

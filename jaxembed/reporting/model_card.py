@@ -39,11 +39,12 @@ POOLING = {
 }
 
 
-def card_files(embedder: "Embedder") -> dict[str, bytes]:
+def card_files(embedder: "Embedder", note: str = "") -> dict[str, bytes]:
     """Returns the card and, for a model out of a run with metrics, the picture of its curves, by name.
 
     Args:
       embedder: what is exported; its `run` says where scores and data are read.
+      note: what else is to be said of the model, Markdown.
 
     Raises:
       UserError: the run's folder cannot be read.
@@ -51,22 +52,24 @@ def card_files(embedder: "Embedder") -> dict[str, bytes]:
     run = embedder.run
     record = RunRecord.read(run.workdir, run.step) if run else None
     picture = _picture(record) if record and record.history.series else {}
-    return {NAME: model_card(embedder, record, bool(picture)).encode(), **picture}
+    return {NAME: model_card(embedder, record, bool(picture), note).encode(), **picture}
 
 
-def model_card(embedder: "Embedder", record: RunRecord | None, with_curves: bool) -> str:
+def model_card(embedder: "Embedder", record: RunRecord | None, with_curves: bool, note: str = "") -> str:
     """Returns the card as Markdown.
 
     Args:
       embedder: the model.
       record: of its run, up to the step exported; None for a model that is not out of a run.
       with_curves: whether the picture of its curves lies beside the card.
+      note: put behind the introduction.
     """
     known = record is not None and record.history.series
     parts = [
         f"---\n{_front_matter(record)}---\n",
         f"# {record.name if record else 'A text-embedding model'}\n",
         _introduction(embedder, record),
+        f"{note}\n" if note else "",
         _properties(embedder),
         _usage(embedder),
         _evaluation(record) if known else "",
@@ -143,13 +146,14 @@ def _properties(embedder: "Embedder") -> str:
     blueprint, head = embedder.blueprint, embedder.blueprint.head
     backbone = blueprint.backbone
     count = sum(leaf.size for leaf in jax.tree.leaves(embedder.params))
+    length = "1 before it is cut" if blueprint.truncate_dim else "1"
     pooling = POOLING[head.pooling] + ("" if head.pool_prompt else ", the prompt's left out")
     rows = [
         ("architecture", f"`{blueprint.architecture.model_type}`, {backbone.layers} layers of width {backbone.width}"),
         ("parameters", f"{count:,}"),
-        ("dimensions of a vector", embedder.width),
+        ("dimensions of a vector", blueprint.truncate_dim or embedder.width),
         ("pooling", pooling + (f", then a linear layer to {head.projection}" if head.projection else "")),
-        ("length of a vector", "1" if head.normalize else "not normalised"),
+        ("length of a vector", length if head.normalize else "not normalised"),
         ("compared by", blueprint.similarity),
         ("longest text", f"{blueprint.max_length:,} tokens"),
     ]

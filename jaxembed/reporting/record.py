@@ -7,6 +7,7 @@ import pathlib
 from jaxembed import run_folder
 from jaxembed.config import Config
 from jaxembed.reporting.history import History
+from jaxembed.stages import stages_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +68,10 @@ class RunRecord:
     @property
     def title(self) -> str:
         """The run in one line."""
+        all_losses = [loss.title for stage in stages_of(self.config) for loss in stage.config.all_losses]
+        losses = " + ".join(dict.fromkeys(all_losses))
         stages = f", {len(self.config.stages)} stages" if self.config.stages else ""
         return (
-            f"{self.name}: {self.architecture}, {self.config.loss.name}, batch {self.config.batch_size:,}, "
+            f"{self.name}: {self.architecture}, {losses}, batch {self.config.batch_size:,}, "
             f"{self.history.last_step:,} steps{stages}"
         )

@@ -63,7 +63,8 @@ def transformers_code(model: Embedder) -> str:
         bias = ', dense["linear.bias"]' if head.projection_bias else ""
         body.append(f'vectors = torch.nn.functional.linear(vectors, dense["linear.weight"]{bias})')
     last = "torch.nn.functional.normalize(vectors, dim=-1)" if head.normalize else "vectors"
-    body.append(f"return {last}")
+    cut = f"[:, :{blueprint.truncate_dim}]" if blueprint.truncate_dim else ""
+    body.append(f"return {last}{cut}")
     lines = [
         *imports,
         "",

@@ -14,18 +14,27 @@ class FakeRecord:
     negatives: tuple[int, ...] = ()
     group: int = 0
     scores: tuple[float, ...] = ()
+    negative_queries: tuple[int, ...] = ()
+
+    @property
+    def texts(self):
+        return (self.query, *self.positives, *self.negatives, *self.negative_queries)
 
 
 class FakeCache:
+    label = "fake.jsonl"
+
     def __init__(self, records, longest=30, prompt_length=0, token_type=np.uint16):
         self.records = records
         self.n_records = len(records)
         self.max_positives = max(len(r.positives) for r in records)
         self.max_negatives = max(len(r.negatives) for r in records)
-        names = [name for r in records for name in (r.query, *r.positives, *r.negatives)]
+        self.negative_queries = any(r.negative_queries for r in records)
+        self.scored = all(r.scores for r in records)
+        names = [name for r in records for name in r.texts]
         self.names = np.array(names, np.int64)
         self.n_texts = len(names)
-        sizes = [1 + len(r.positives) + len(r.negatives) for r in records]
+        sizes = [len(r.texts) for r in records]
         self.first_text = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         self.n_positives = np.array([len(r.positives) for r in records], np.uint16)
         self.lengths = (3 + self.names * 7919 % (longest - 2)).astype(np.uint16)
@@ -35,8 +44,9 @@ class FakeCache:
         self.prompt_lengths = np.full(self.n_texts, prompt_length, np.uint16)
         self.hashes = self.names.astype(np.uint64) + np.uint64(2**63)
         self.groups = np.array([r.group for r in records], np.uint64)
-        scores = [s for r in records for s in (np.nan, *(r.scores or [np.nan] * (len(r.positives) + len(r.negatives))))]
-        self.scores = np.array(scores, np.float32)
+        self.scores = np.full(self.n_texts, np.nan, np.float32)
+        for record, first in zip(records, self.first_text):
+            self.scores[first + 1 : first + 1 + len(record.scores)] = record.scores
 
 
 def tokens_of_name(name, length):
@@ -54,7 +64,9 @@ def simple_cache(n_records, first_name=0, positives=1, negatives=0, **options):
     return FakeCache(records, **options)
 
 
-def random_cache(n_records, seed, first_name=0, most_positives=3, most_negatives=4, n_groups=5, **options):
+def random_cache(
+    n_records, seed, first_name=0, most_positives=3, most_negatives=4, n_groups=5, negative_queries=False, **options
+):
     """Records of 60 distinct texts, so that many repeat; some in groups; some with scores."""
     random = np.random.default_rng(seed)
 
@@ -63,6 +75,7 @@ def random_cache(n_records, seed, first_name=0, most_positives=3, most_negatives
         query, *others = (first_name + random.integers(0, 60, 1 + sum(counts))).tolist()
         scores = tuple(random.random(sum(counts)).tolist()) if random.random() < 0.5 else ()
         positives, negatives = tuple(others[: counts[0]]), tuple(others[counts[0] :])
-        return FakeRecord(query, positives, negatives, int(random.integers(0, n_groups)), scores)
+        answered = tuple(60 + name for name in negatives) if negative_queries else ()
+        return FakeRecord(query, positives, negatives, int(random.integers(0, n_groups)), scores, answered)
 
     return FakeCache([record() for _ in range(n_records)], **options)

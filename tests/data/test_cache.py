@@ -58,6 +58,7 @@ def test_content(source, tokenizer, tmp_path):
     c = build(source, tokenizer, tmp_path / "cache")
     assert (c.n_records, c.n_texts, c.max_positives, c.max_negatives) == (4, 11, 2, 2)
     assert (c.skipped, c.truncated) == (1, 0)
+    assert (c.negative_queries, c.scored) == (False, False)
     assert c.skipped_reasons[0].startswith(f"{source.path}:3: broken JSON")
     assert c.first_text.tolist() == [0, 2, 7, 9, 11]
     assert c.n_positives.tolist() == [1, 2, 1, 1]
@@ -100,6 +101,37 @@ def test_dtypes_are_those_documented(source, tokenizer, tmp_path):
         "scores": "float32",
         "offsets": "int64",
     }
+
+
+def test_queries_of_hard_negatives(tokenizer, tmp_path):
+    rows = [
+        {"query": "plain", "positive": "pair", "scores": [1]},
+        {"query": "two", "positive": "deux", "negative": ["drei", "vier " * 9], "negative_query": ["three", "fo " * 40]}
+        | {"scores": [3, 2, 1]},
+        {"query": "one", "positive": "un", "negative": "drei", "scores": [1, 0]},
+        {"query": "x", "positive": "y", "negative": "drei", "negative_query": "three", "scores": [1, 0]},
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    source = SourceConfig(path=str(path))
+    prompts, lengths = PromptConfig("query: ", ""), MaxLength(8, 6)
+    with pytest.raises(UserError, match=r"a\.jsonl:3: has no negative_query, unlike the records before"):
+        build(source, tokenizer, tmp_path, prompts, lengths, on_bad_record="error")
+    c = build(source, tokenizer, tmp_path, prompts, lengths)
+    assert (c.n_records, c.skipped, c.lines.tolist()) == (3, 1, [1, 2, 4])
+    assert (c.max_negatives, c.negative_queries, c.scored) == (2, True, True)
+    assert c.first_text.tolist() == [0, 2, 8, 12]
+    texts = ["two", "deux", "drei", rows[1]["negative"][1], "three", rows[1]["negative_query"][1]]
+    for i, text in enumerate(texts, start=2):
+        prompt, length = ("query: ", 8) if i in (2, 6, 7) else ("", 6)
+        np.testing.assert_array_equal(c.tokens_of(i), tokenizer.encode([text], length, prompt)[0])
+        assert c.prompt_lengths[i] == (tokenizer.prompt_length(prompt) if prompt else 0)
+        assert c.hashes[i] == hash64(text)
+    assert (c.truncated, c.lengths[5], c.lengths[7]) == (2, 6, 8)
+    np.testing.assert_array_equal(c.scores[2:8], np.float32([np.nan, 3, 2, 1, np.nan, np.nan]))
+    path.write_text("\n".join(map(json.dumps, [rows[0], rows[2], rows[1]])))
+    with pytest.raises(UserError, match=r"a\.jsonl:3: has a negative_query, unlike the records before"):
+        build(source, tokenizer, tmp_path, prompts, lengths, on_bad_record="error")
 
 
 def test_labels_belong_to_their_source(tokenizer, tmp_path):

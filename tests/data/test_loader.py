@@ -25,11 +25,10 @@ def plan():
     return Plan(caches, sources, batch_size=64, positives=P, negatives=K, seed=7)
 
 
-def slots(batch, shards, micro_batches):
-    """Reads every text's tokens back from the rows: {(side, index of the side's arrays): tokens}, with checks."""
+def slots(batch, shards, micro_batches, n_texts=T):
+    """Reads every text back from the rows: {(row of the relation, place in the pair): (segment, tokens, prompt)}."""
     rows = batch.rows
     n_queries = batch.queries.pair.size // (shards * micro_batches)
-    n_documents = batch.documents.pair.size // (shards * micro_batches)
     rung = rows.tokens.shape[1] // shards
     found = {}
     for m in range(micro_batches):
@@ -43,21 +42,19 @@ def slots(batch, shards, micro_batches):
                 assert np.all(np.diff(np.flatnonzero(here)) == 1)  # without holes
                 assert rows.positions[m, own][here].tolist() == list(range(here.sum()))
                 (segment,) = set(segments[here].tolist())
-                side = "query" if slot < n_queries else "document"
-                index = (s * micro_batches + m) * (n_queries if side == "query" else n_documents)
-                index += slot - (0 if side == "query" else n_queries)
-                relation = batch.queries if side == "query" else batch.documents
-                assert (segment - 1) // T == relation.pair[index]
-                found[side, int(index)] = (segment, rows.tokens[m, own][here], rows.prompt_mask[m, own][here])
+                of_bin, other = (slot, -1) if slot < n_queries else divmod(slot - n_queries, n_texts - 1)
+                index = (s * micro_batches + m) * n_queries + int(of_bin)
+                assert divmod(segment - 1, n_texts) == (batch.queries.pair[index], other + 1)
+                found[index, int(other + 1)] = (segment, rows.tokens[m, own][here], rows.prompt_mask[m, own][here])
     return found
 
 
 def by_segment(batch, shards, micro_batches):
     """What the batch says of each text, whatever the mesh: {segment id: (tokens, prompt, relation row)}."""
     result = {}
-    for (side, index), (segment, tokens, prompt) in slots(batch, shards, micro_batches).items():
-        relation = batch.queries if side == "query" else batch.documents
-        row = [np.asarray(getattr(relation, f.name)[index]).tolist() for f in dataclasses.fields(relation)]
+    for (index, place), (segment, tokens, prompt) in slots(batch, shards, micro_batches).items():
+        relation, where = (batch.documents, (index, place - 1)) if place else (batch.queries, index)
+        row = [np.asarray(getattr(relation, f.name)[where]).tolist() for f in dataclasses.fields(relation)]
         assert segment not in result
         result[segment] = (tokens.tolist(), prompt.tolist(), str(row))
     return result
@@ -89,6 +86,33 @@ def test_rows_hold_what_the_plan_names(plan):
     assert info.waste == pytest.approx(1 - info.real_tokens / batch.rows.tokens.size)
 
 
+def test_the_hard_negatives_own_queries_lie_behind_the_documents():
+    caches = [random_cache(90, 0, negative_queries=True, prompt_length=2), random_cache(50, 1)]
+    sources = [SourceConfig(path="a"), SourceConfig(path="b")]
+    options = {"batch_size": 32, "positives": P, "negatives": K, "seed": 7}
+    plan = Plan(caches, sources, **options, negative_queries=True)
+    builder = BatchBuilder(plan, 4, 2, 32)
+    batch, info = builder.build(3)
+    assert batch.documents.pair.shape == (32, P + K)
+    found = slots(batch, 4, 2, n_texts=T + K)
+    assert info.real_tokens == sum(len(tokens) for _, tokens, _ in found.values())
+    n_queries = 0
+    for index in range(32):
+        pair = batch.queries.pair[index]
+        cache = caches[plan.step(3).source_B[pair]]
+        for k in range(K):
+            negative, query = found.get((index, 1 + P + k)), found.get((index, 1 + P + K + k))
+            if negative is None or cache is caches[1]:
+                assert query is None
+                continue
+            name = negative[1][1] + 60
+            length = 3 + name * 7919 % 28
+            np.testing.assert_array_equal(query[1], tokens_of_name(name, length))
+            assert query[0] == negative[0] + K and query[2].sum() == 2
+            n_queries += 1
+    assert n_queries > 20
+
+
 def test_missing_texts_are_void_slots(plan):
     batch, _ = BatchBuilder(plan, 4, 1, 32).build(0)
     n_void = np.count_nonzero(plan.step(0).texts_BxT < 0)
@@ -97,16 +121,17 @@ def test_missing_texts_are_void_slots(plan):
     assert np.all(batch.queries.pair >= 0)
 
 
-def test_bins_are_equal_in_texts_and_nearly_in_tokens():
+def test_bins_are_equal_in_pairs_and_nearly_in_tokens():
     sources = [SourceConfig(path="a")]
     plan = Plan([simple_cache(500, negatives=2)], sources, batch_size=128, positives=1, negatives=2, seed=0)
     layout = BatchBuilder(plan, 8, 2, 32).layout(1)
     assert layout.texts_BinsxN.shape == (16, 32)
-    is_query = layout.texts_BinsxN % 4 == 0
-    assert is_query[:, :8].all() and not is_query[:, 8:].any()
+    queries = layout.texts_BinsxN[:, :8]
+    assert not np.any(queries % 4)
+    np.testing.assert_array_equal(layout.texts_BinsxN[:, 8:].reshape(16, 8, 3), queries[:, :, None] + np.arange(1, 4))
     assert sorted(layout.texts_BinsxN.ravel().tolist()) == list(range(512))
     loads = plan.step(1).lengths_BxT.ravel()[layout.texts_BinsxN].sum(axis=1)
-    assert loads.max() - loads.min() <= 3
+    assert loads.max() - loads.min() < 0.02 * loads.mean()
 
 
 def test_only_the_named_shards_are_filled(plan):

@@ -1,3 +1,4 @@
+from collections import Counter
 from fractions import Fraction
 
 import numpy as np
@@ -11,10 +12,13 @@ from jaxembed.data.plan import Plan, interleave, quotas
 from jaxembed.errors import UserError
 
 
-def make(caches, weights=None, batch_size=4, positives=1, negatives=0, seed=0, **options):
-    weights = weights or [1.0] * len(caches)
-    sources = [SourceConfig(path=f"{i}.jsonl", weight=w, **options) for i, w in enumerate(weights)]
-    return Plan(caches, sources, batch_size=batch_size, positives=positives, negatives=negatives, seed=seed)
+def make(caches, weights=None, shares=None, in_batch=True, **options):
+    n = len(caches)
+    sources = [
+        SourceConfig(path=f"{i}.jsonl", weight=weight, share=share, in_batch=in_batch)
+        for i, (weight, share) in enumerate(zip(weights or [1.0] * n, shares or [0.0] * n))
+    ]
+    return Plan(caches, sources, **{"batch_size": 4, "positives": 1, "negatives": 0, "seed": 0} | options)
 
 
 def draws(plan, n_draws):
@@ -72,6 +76,83 @@ def test_steps_per_epoch_counts_weights():
     assert make([simple_cache(10), simple_cache(30)], [2.0, 0.5], batch_size=4).steps_per_epoch == (20 + 15) / 4
 
 
+def passes_are_even(plan, steps):
+    """Whether, after each step, no record of a source was drawn twice more often than another."""
+    drawn = [np.zeros(cache.n_records, np.int64) for cache in plan.caches]
+    for step in steps:
+        for source, counts in enumerate(drawn):
+            np.add.at(counts, step.record_B[step.source_B == source], 1)
+            if np.ptp(counts) > 1:
+                return False
+    return True
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 12), st.sampled_from([0.5, 1.0, 3.0])), min_size=1, max_size=4),
+    st.integers(2, 15),
+    st.sampled_from([0.3, 0.5, 0.8, 1.0]),
+)
+def test_steps_of_one_source_as_counted_from_the_first_draw(sources, batch_size, part):
+    sizes, weights = zip(*sources)
+    plan = make([simple_cache(n) for n in sizes], weights, batch_size=batch_size, one_source=part)
+    n_main = round(part * batch_size)
+    pattern, _ = interleave(quotas([Fraction(w) * n for n, w in sources], 65_536))
+    steps = [plan.step(n) for n in range(pattern.size)]
+    mixed = iter(np.tile(pattern, batch_size).tolist())
+    total = Counter()
+    for step, main in zip(steps, pattern.tolist()):
+        expected = Counter([main] * n_main + [next(mixed) for _ in range(batch_size - n_main)])
+        assert Counter(step.source_B.tolist()) == expected
+        total += expected
+    assert passes_are_even(plan, steps)
+    # Over one period of main sources each source has its due, and a further period goes on where this one ended.
+    assert [total[s] for s in range(len(sizes))] == (batch_size * np.bincount(pattern)).tolist()
+    assert passes_are_even(plan, steps + [plan.step(n) for n in range(pattern.size, pattern.size + 9)])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 30)), min_size=1, max_size=5), st.integers(2, 24))
+def test_fixed_shares_in_every_step(sources, batch_size):
+    sizes, shares = zip(*sources)
+    exact = [Fraction(share * batch_size, sum(shares)) for share in shares]
+    wanted = [int(x) for x in exact]
+    while sum(wanted) < batch_size:
+        wanted[int(np.argmax([x - w for x, w in zip(exact, wanted)]))] += 1
+    options = {"shares": [share / 10 for share in shares], "batch_size": batch_size}
+    if 0 in wanted:
+        with pytest.raises(
+            UserError, match=rf"train\[{wanted.index(0)}\]\.share = .* is no whole pair of config.batch_s"
+        ):
+            make([simple_cache(n) for n in sizes], **options)
+        return
+    plan = make([simple_cache(n) for n in sizes], **options)
+    steps = [plan.step(n) for n in range(30)]
+    assert all(np.bincount(step.source_B).tolist() == wanted for step in steps)
+    assert passes_are_even(plan, steps)
+    assert np.bincount(plan.step(10**13).source_B).tolist() == wanted
+    assert plan.steps_per_epoch == sum(sizes) / batch_size
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"weights": [1.0, 7.0, 0.3]},
+        {"shares": [0.2, 0.5, 0.3]},
+        {"one_source": 0.5},
+        {"one_source": 0.9, "weights": [1.0, 7.0, 0.3]},
+    ],
+)
+def test_every_part_of_a_step_has_its_part_of_each_source(options):
+    plan = make([simple_cache(n) for n in (40, 25, 90)], batch_size=96, **options)
+    for n in range(40):
+        source_B = plan.step(n).source_B
+        due = np.bincount(source_B, minlength=3) / 8
+        for part in source_B.reshape(8, 12):
+            assert np.abs(np.bincount(part, minlength=3) - due).max() <= 2
+
+
 @pytest.mark.parametrize(
     "shares, expected",
     [
@@ -112,10 +193,12 @@ def test_any_step_at_once_and_whatever_the_batch_size():
             np.testing.assert_array_equal(getattr(step, name), np.concatenate([getattr(p, name) for p in parts]))
 
 
-def test_texts_are_the_records_own():
-    caches = [random_cache(40, 0), random_cache(25, 1)]
-    plan = make(caches, batch_size=65, positives=2, negatives=3)
-    assert (plan.positives, plan.negatives, plan.texts_per_pair) == (2, 3, 6)
+@pytest.mark.parametrize("negative_queries", [False, True])
+def test_texts_are_the_records_own(negative_queries):
+    caches = [random_cache(40, 0, negative_queries=True), random_cache(25, 1)]
+    plan = make(caches, batch_size=65, positives=2, negatives=3, negative_queries=negative_queries)
+    assert (plan.positives, plan.negatives, plan.documents) == (2, 3, 5)
+    assert plan.texts_per_pair == (9 if negative_queries else 6)
     for n in range(5):
         step = plan.step(n)
         for source, record, texts, lengths in zip(step.source_B, step.record_B, step.texts_BxT, step.lengths_BxT):
@@ -126,7 +209,7 @@ def test_texts_are_the_records_own():
             assert texts[0] == first
             for chosen, start, available in (
                 (texts[1:3], first + 1, len(wanted.positives)),
-                (texts[3:], end_of_positives, len(wanted.negatives)),
+                (texts[3:6], end_of_positives, len(wanted.negatives)),
             ):
                 real = chosen[chosen >= 0]
                 assert real.size == min(available, chosen.size) == np.unique(real).size
@@ -134,6 +217,12 @@ def test_texts_are_the_records_own():
                 assert np.all(chosen[real.size :] == -1)
                 if available <= chosen.size:
                     assert real.tolist() == list(range(start, start + available))
+            for negative, query in zip(texts[3:6], texts[6:]):
+                if negative < 0 or source == 1:
+                    assert query == -1
+                else:  # a hard negative's query is named 60 more than it
+                    assert query < cache.first_text[record + 1]
+                    assert cache.names[query] == cache.names[negative] + 60
             assert lengths.tolist() == [int(cache.lengths[t]) if t >= 0 else 0 for t in texts]
 
 

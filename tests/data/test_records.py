@@ -39,14 +39,17 @@ def test_own_format_takes_every_field(tmp_path):
         "scores": [1, 0.5, 0.25],
         "label": 3.0,
         "instruction": "Find it.",
+        "negative_query": ["what n answers"],
         "unknown": {"ignored": True},
     }
-    expected = Record("q", ("p", "p2"), ("n",), "7", "x", (1.0, 0.5, 0.25), "3", "Find it.")
+    expected = Record("q", ("p", "p2"), ("n",), "7", "x", (1.0, 0.5, 0.25), "3", "Find it.", ("what n answers",))
     assert read_row(tmp_path, row) == expected
+    assert read_row(tmp_path, row | {"negative_query": "what n answers"}) == expected
 
 
 def test_empty_optional_fields_are_as_good_as_absent(tmp_path):
     row = PAIR | {"negative": [], "scores": None, "group": None, "label": float("nan"), "instruction": None}
+    row |= {"negative_query": []}
     assert read_row(tmp_path, row) == Record("q", ("p",))
 
 
@@ -61,6 +64,35 @@ def test_columns_map_names(tmp_path):
     row.pop("hard")
     columns = {"query": "q.text", "positive": "doc", "score": "sim"}
     assert read_row(tmp_path, row, columns=columns) == Record("a", ("b",), scores=(0.5,))
+
+
+@pytest.mark.parametrize("record_format", ["jaxembed", "st", "flagembedding"])
+def test_queries_of_negatives_can_be_named_in_any_format(tmp_path, record_format):
+    negatives = {"flagembedding": "neg"}.get(record_format, "negative")
+    row = {"query": "q", "pos": ["p"], "positive": "p", negatives: ["n", "m"], "other": ["n?", "m?"]}
+    columns = {"negative_query": "other"}
+    expected = Record("q", ("p",), ("n", "m"), negative_queries=("n?", "m?"))
+    assert read_row(tmp_path, row, format=record_format, columns=columns) == expected
+
+
+def test_texts_format_pairs_each_text_with_itself(tmp_path):
+    row = {"text": "a", "title": "b", "group": 3, "id": "x", "label": "c", "instruction": "i"}
+    names = {"group": "3", "id": "x", "label": "c", "instruction": "i"}
+    assert read_row(tmp_path, row, format="texts") == Record("a", ("a",), **names)
+    assert read_row(tmp_path, row, format="texts", columns={"text": "title"}) == Record("b", ("b",), **names)
+    for bad, reason in (
+        ({"text": ["a", "b"]}, "'text' holds 2 texts, wants one"),
+        ({"sentence": "a"}, "no 'text'"),
+        ({"text": " "}, "is empty"),
+    ):
+        with pytest.raises(UserError, match=rf"a\.jsonl:1: .*{reason}"):
+            read_row(tmp_path, bad, format="texts")
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["a", "b"], "embedding": [[0.0]] * 2}), path)
+    assert read(path, format="texts") == [Record("a", ("a",)), Record("b", ("b",))]
+    for record_format, field in (("texts", "positive"), ("jaxembed", "text")):
+        with pytest.raises(UserError, match=f"no field '{field}' in records of format '{record_format}'"):
+            read(path, format=record_format, columns={field: "text"})
 
 
 @pytest.mark.parametrize(
@@ -171,6 +203,9 @@ def test_parquet(tmp_path):
         ({"query": ["a", "b"], "positive": "p"}, "holds 2 texts, wants one"),
         ({"query": "q", "positive": ["p", {"text": "x"}]}, "'positive' wants text, has dict"),
         (PAIR | {"negative": ["n", ""]}, "'negative' is empty"),
+        (PAIR | {"negative_query": "n?"}, "1 negative queries for 0 negatives, wants one for each"),
+        (PAIR | {"negative": ["n", "m"], "negative_query": ["n?"]}, "1 negative queries for 2 negatives"),
+        (PAIR | {"negative": "n", "negative_query": [""]}, "'negative_query' is empty"),
         (PAIR | {"scores": [1, 2]}, "2 scores for 1 positives and 0 negatives"),
         (PAIR | {"scores": [float("nan")]}, "'scores' holds NaN"),
         (PAIR | {"scores": [10**400]}, "beyond float32"),
@@ -235,7 +270,7 @@ def test_mistakes_in_the_source(tmp_path):
     with pytest.raises(UserError, match=r"train\[0\]\.path: .*a\.csv ends in none of \.jsonl.*or set source"):
         read(write(tmp_path / "a.csv", [PAIR]))
     assert read(tmp_path / "a.csv", source="jsonl") == [Record("q", ("p",))]
-    with pytest.raises(UserError, match=r"columns: there is no field 'postive', did you mean 'positive'\?"):
+    with pytest.raises(UserError, match=r"columns: there is no field 'postive' .*, did you mean 'positive'\?"):
         read(path, columns={"postive": "p"})
     with pytest.raises(UserError, match=r"columns: no record of .* has hard_negs"):
         read(path, columns={"negative": "hard_negs"})

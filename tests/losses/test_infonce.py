@@ -1,174 +1,323 @@
-"""InfoNCE against a float64 loop over every pair, on one device and on eight."""
+"""InfoNCE with all its settings, and the sigmoid loss, against loops over every row and column, on many devices."""
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from embedded_cases import Outcome, assert_same, define, evaluate, make_case, permuted
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from jaxembed import sharding
-from jaxembed.config import MeshConfig
-from jaxembed.data.batch import HARD_NEGATIVE, NO_GROUP, NO_TEXT, SCOPE_ALL, SCOPE_OWN, VOID, Texts
+from jaxembed.data.batch import HARD_NEGATIVE, NO_GROUP, NO_TEXT, SCOPE_ALL, VOID
+from jaxembed.losses import contrastive
+from jaxembed.losses.embedded import Embedded, spread
 from jaxembed.losses.infonce import infonce
-
-WIDTH, PAIRS, POSITIVES, NEGATIVES = 12, 16, 2, 1
-MESHES = {
-    "1": MeshConfig(1),
-    "data 8": MeshConfig(8),
-    "fsdp 8": MeshConfig(1, 8),
-    "2x2x2": MeshConfig(2, 2, 2),
-    "expert and sequence": MeshConfig(2, 1, 1, 2, 2),
-}
+from jaxembed.losses.library import describe
+from jaxembed.losses.mixing import mixed_negatives
+from jaxembed.losses.sigmoid import sigmoid
 
 
-def make_texts(rng: np.random.Generator) -> tuple[Texts, Texts]:
-    """Two sources, groups, repeated texts, a second positive here and there, hard negatives, two void pairs."""
-    pair = np.arange(PAIRS, dtype=np.int32)
-    void = np.isin(pair, (3, 11))
-    source = (pair % 3 == 0).astype(np.int32)
-    scope = source.copy()
-    scope[5], scope[6] = SCOPE_ALL, SCOPE_OWN
-    group = np.where(pair % 5 == 0, 7, NO_GROUP).astype(np.int32)
-    query_text = 100 + pair
-    query_text[9] = query_text[1]  # the same query twice
-    document_pair = np.repeat(pair, POSITIVES + NEGATIVES)
-    rank = np.tile([*range(POSITIVES), HARD_NEGATIVE], PAIRS).astype(np.int32)
-    text = 200 + np.arange(len(document_pair), dtype=np.int32)
-    text[6 * 3] = text[2 * 3]  # pair 6's positive equals pair 2's
-    text[7 * 3 + 2] = text[7 * 3]  # a hard negative that is the positive
-    text[8 * 3] = 100 + 4  # a document that equals another pair's query
-    gone = void[document_pair] | ((rank == 1) & (document_pair % 2 == 0)) | ((rank < 0) & (document_pair == 10))
-    partners = np.stack([np.where(gone[k::3], NO_TEXT, text[k::3]) for k in range(POSITIVES)], 1)
-    partners[12, 1] = text[3 * 13]  # a known positive that was not drawn, but is another pair's
-    back = np.where((rank >= 0) & ~gone, query_text[document_pair], NO_TEXT)[:, None]
-
-    def side(pair, rank, text, partners, void, weight):
-        take = lambda x, default: np.where(void, default, x).astype(np.int32)  # noqa: E731
-        return Texts(
-            take(pair, VOID), rank, take(text, NO_TEXT), partners.astype(np.int32), take(group[pair], NO_GROUP),
-            source[pair], scope[pair], np.where(void, 0, weight).astype(np.float32),
-            np.full(len(pair), np.nan, np.float32),
-        )  # fmt: skip
-
-    weight = rng.uniform(0.5, 2, PAIRS)
-    queries = side(
-        pair, np.zeros(PAIRS, np.int32), query_text, np.where(void[:, None], NO_TEXT, partners), void, weight
-    )
-    documents = side(document_pair, rank, text, back, gone, np.where(rank >= 0, weight[document_pair], 0))
-    return shuffled(rng, queries), shuffled(rng, documents)
+def known_matches(e: Embedded, i: int) -> set[int]:
+    """The texts that match query i: itself and all its known positives."""
+    return {int(e.query_texts.text[i]), *e.query_texts.partners[i].tolist()} - {NO_TEXT}
 
 
-def shuffled(rng: np.random.Generator, texts: Texts) -> Texts:
-    order = rng.permutation(len(texts.pair))
-    return jax.tree.map(lambda x: x[order], texts)
+def is_negative(e: Embedded, block: str, hard_negatives: str, row: tuple[int, int], column: tuple[int, int]) -> bool:
+    """Whether a column is a row's negative; both are (pair's place, document's place or -1 for the query)."""
+    i, (j, d) = row[0], column
+    q, docs = e.query_texts, e.document_texts
+    pair, other = (int(q.pair[n] if k < 0 else docs.pair[n, k]) for n, k in (row, column))
+    if VOID in (pair, other):
+        return False
+    text, its = (int(q.text[n] if k < 0 else docs.text[n, k]) for n, k in (row, column))
+    is_hard = d >= 0 and int(docs.rank[j, d]) == HARD_NEGATIVE
+    if text == its or its in known_matches(e, i):
+        return False
+    if d < 0 and (text in known_matches(e, j) if block[0] == "d" else False):
+        return False
+    if d >= 0 and not is_hard and text == int(q.text[j]):
+        return False
+    if block == "qq" and any(int(docs.text[j, k]) in known_matches(e, i) for k in drawn(e, j)):
+        return False
+    if block == "dd" and not is_hard and int(q.text[j]) in known_matches(e, i):
+        return False
+    if pair == other:
+        return block == "qd" and is_hard
+    if int(q.group[i]) == int(q.group[j]) != NO_GROUP or (is_hard and hard_negatives == "own"):
+        return False
+    return int(q.scope[i]) in (SCOPE_ALL, int(q.pool[j]))
 
 
-def reference(rows, columns, row: Texts, column: Texts, temperature) -> float:
-    """One direction of the loss, in float64, straight from the definition."""
-    total = weights = 0.0
-    for i in range(len(rows)):
-        if row.pair[i] == VOID or row.weight[i] == 0:
+def drawn(e: Embedded, i: int) -> list[int]:
+    """The places of pair i's positives."""
+    ranks, pairs = e.document_texts.rank[i], e.document_texts.pair[i]
+    return [k for k in range(len(ranks)) if ranks[k] >= 0 and pairs[k] != VOID]
+
+
+def negatives(e: Embedded, block: str, hard_negatives: str, row: tuple[int, int]) -> list[tuple[int, int]]:
+    n, documents = e.documents.shape[:2]
+    places = [(j, d) for j in range(n) for d in (range(documents) if block[1] == "d" else (-1,))]
+    return [place for place in places if is_negative(e, block, hard_negatives, row, place)]
+
+
+def dot(e: Embedded, row: tuple[int, int], column: tuple[int, int], teacher: bool = False) -> torch.Tensor:
+    q, d = (e.teacher_queries, e.teacher_documents) if teacher else (e.queries, e.documents)
+    a, b = (q[n] if k < 0 else d[n, k] for n, k in (row, column))
+    return a @ b
+
+
+def define_infonce(
+    e: Embedded,
+    temperature: torch.Tensor,
+    blocks=("qd",),
+    partition="joint",
+    hard_negatives="all",
+    false_negatives="keep",
+    false_negative_margin=0.1,
+    false_negative_blocks=("qd", "dq", "qq", "dd"),
+    margin=0.0,
+    hardness=0.0,
+    hardness_of="own",
+    focal=0.0,
+    **how: object,
+) -> torch.Tensor:
+    """The loss straight from its definition."""
+    total, weights = 0.0, 0.0
+    for i in range(len(e.queries)):
+        if e.query_texts.weight[i] == 0:
             continue
-        scores = rows[i] @ columns.T / temperature
-        negatives = [j for j in range(len(columns)) if is_negative(row, i, column, j)]
-        positives = [j for j in range(len(columns)) if column.pair[j] == row.pair[i] and column.rank[j] >= 0]
-        mass = np.exp(scores[negatives]).sum()
-        total += row.weight[i] * np.mean([np.log(1 + mass / np.exp(scores[p])) for p in positives])
-        weights += row.weight[i]
+        weights += e.query_texts.weight[i]
+        terms = []
+        for p in drawn(e, i):
+            positive = dot(e, (i, -1), (i, p))
+            masses = []
+            for block in blocks:
+                row = (i, -1) if block[0] == "q" else (i, p)
+                by_teacher = false_negatives == "teacher"
+                rivals = drawn(e, i) if block[0] == "q" else [p]
+                best = max(dot(e, (i, -1), (i, k), by_teacher).item() for k in rivals)
+                ceiling = best + false_negative_margin * (abs(best) if false_negatives == "relative" else 1)
+                if false_negatives == "keep" or block not in false_negative_blocks:
+                    ceiling = np.inf
+                mass = []
+                for column in negatives(e, block, hard_negatives, row):
+                    if dot(e, row, column, by_teacher and ceiling < np.inf).item() > ceiling:
+                        continue
+                    score = dot(e, row, column)
+                    is_own = column[0] == i
+                    weighs = hardness_of == "all" or (hardness_of == "own") == is_own
+                    mass.append(score / temperature + (hardness * score.detach() if weighs else 0))
+                masses.append(mass)
+            top = (positive - margin) / temperature
+            groups = [list(itertools.chain(*masses))] if partition == "joint" else masses
+            for group in groups:
+                cost = torch.logsumexp(torch.stack([top, *group]), 0) - top
+                terms.append(cost * (1 - torch.exp(-cost)) ** focal if focal and group else cost)
+        total = total + e.query_texts.weight[i] * sum(terms) / len(terms)
     return total / weights
 
 
-def is_negative(row: Texts, i: int, column: Texts, j: int) -> bool:
-    if column.pair[j] == VOID:
-        return False
-    if row.text[i] == column.text[j] or column.text[j] in row.partners[i] or row.text[i] in column.partners[j]:
-        return False
-    if row.pair[i] == column.pair[j]:
-        return column.rank[j] == HARD_NEGATIVE
-    if row.group[i] == column.group[j] != NO_GROUP:
-        return False
-    return row.scope[i] == SCOPE_ALL or row.scope[i] == column.source[j]
+def define_sigmoid(e: Embedded, temperature, bias, hard_negatives="all", **how: object) -> torch.Tensor:
+    softplus = torch.nn.functional.softplus
+    total, weights = 0.0, 0.0
+    for i in range(len(e.queries)):
+        weight = e.query_texts.weight[i]
+        against = [dot(e, (i, -1), c) for c in negatives(e, "qd", hard_negatives, (i, -1))] if weight else []
+        loss = sum(softplus(-dot(e, (i, -1), (i, p)) / temperature - bias) for p in drawn(e, i)) if weight else 0
+        total = total + weight * (loss + sum(softplus(s / temperature + bias) for s in against))
+        weights += weight
+    return total / weights
 
 
-def make_case():
-    rng = np.random.default_rng(0)
-    queries, documents = make_texts(rng)
-    unit = lambda n: (lambda x: x / np.linalg.norm(x, axis=1, keepdims=True))(rng.normal(size=(n, WIDTH)))  # noqa: E731
-    return unit(PAIRS), unit(len(documents.pair)), queries, documents, 0.3
-
-
-def numeric_gradient(f, x: np.ndarray, step: float = 1e-6) -> np.ndarray:
-    gradient = np.zeros_like(x)
-    for index in np.ndindex(x.shape):
-        up, down = x.copy(), x.copy()
-        up[index] += step
-        down[index] -= step
-        gradient[index] = (f(up) - f(down)) / (2 * step)
-    return gradient
+ALL = ("qd", "dq", "qq", "dd")
+SETTINGS = {
+    "plain": {},
+    "symmetric": {"blocks": ("qd", "dq"), "partition": "separate"},
+    "GTE": {"blocks": ALL},
+    "Qwen3": {"blocks": ("qd", "qq", "dd"), "false_negatives": "absolute", "false_negative_margin": 0.1},
+    "own hard negatives": {"hard_negatives": "own", "blocks": ALL},
+    "relative": {
+        "false_negatives": "relative",
+        "false_negative_margin": 0.05,
+        "blocks": ALL,
+        "false_negative_blocks": ("qd", "dd"),
+    },
+    "additive margin": {"margin": 0.3, "blocks": ("qd", "dq"), "partition": "separate"},
+    "EmbeddingGemma": {"hardness": 5.0},
+    "LLaVE": {"hardness": 9.0, "hardness_of": "in_batch"},
+    "all weighted": {"hardness": 2.0, "hardness_of": "all", "blocks": ALL},
+    "focal": {"focal": 0.5},
+    "GISTEmbed": {"false_negatives": "teacher", "false_negative_margin": 0.0, "blocks": ("qd", "qq", "dd")},
+}
+HOW = {  # mesh, exchange, tile
+    "1": ("1", "gather", 2048),
+    "1, small tiles": ("1", "ring", 5),
+    "data 2, ring": ("data 2", "ring", 7),
+    "data 8, ring": ("data 8", "ring", 5),
+    "data 8, gather": ("data 8", "gather", 5),
+    "data 4 x fsdp 2, gather": ("data 4 x fsdp 2", "gather", 2048),
+    "data 4 x fsdp 2, ring": ("data 4 x fsdp 2", "ring", 2048),
+}
 
 
 @functools.cache
-def expected(symmetric: bool):
-    q, d, queries, documents, t = make_case()
+def case(seed: int = 0) -> Embedded:
+    return make_case(seed, teacher_width=6)
 
-    def loss(q, d, t):
-        one = reference(q, d, queries, documents, t)
-        return (one + reference(d, q, documents, queries, t)) / 2 if symmetric else one
 
-    gradients = (
-        numeric_gradient(lambda x: loss(x, d, t), q),
-        numeric_gradient(lambda x: loss(q, x, t), d),
-        numeric_gradient(lambda x: loss(q, d, x), np.asarray(t)),
+@functools.cache
+def defined(name: str) -> Outcome:
+    return define(define_infonce, case(), {"temperature": 0.1}, **SETTINGS[name])
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_setting_equals_its_definition(name):
+    got = evaluate(infonce, case(), "data 8", {"temperature": 0.1}, exchange="ring", tile=5, **SETTINGS[name])
+    assert_same(got, defined(name))
+    assert got.gradients["temperature"] != 0
+
+
+def test_every_setting_means_something():
+    values = [defined(name).value for name in SETTINGS]
+    assert len({round(value, 5) for value in values}) == len(values)
+
+
+@pytest.mark.parametrize("how", [name for name in HOW if name != "data 8, ring"])
+@pytest.mark.parametrize("name", ["GTE", "GISTEmbed"])
+def test_devices_exchanges_and_tiles_change_nothing(name, how):
+    mesh, exchange, tile = HOW[how]
+    assert_same(
+        evaluate(infonce, case(), mesh, {"temperature": 0.1}, exchange=exchange, tile=tile, **SETTINGS[name]),
+        defined(name),
     )
-    return loss(q, d, t), gradients
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("tile", [2048, 5])
-@pytest.mark.parametrize("mesh_name", MESHES)
-def test_loss_and_gradients_equal_the_definition(mesh_name, tile, symmetric):
-    config = MESHES[mesh_name]
-    size = np.prod([getattr(config, axis) for axis in sharding.AXES])
-    mesh = sharding.make_mesh(config, jax.devices()[:size])
-    q, d, queries, documents, t = make_case()
-    with jax.set_mesh(mesh):
+@pytest.mark.parametrize("how", ["1", "data 2, ring", "data 8, ring", "data 4 x fsdp 2, gather"])
+def test_sigmoid_equals_its_definition(how):
+    mesh, exchange, tile = HOW[how]
+    learned = {"temperature": 0.3, "bias": -2.0}
+    got = evaluate(sigmoid, case(), mesh, learned, exchange=exchange, tile=tile)
+    assert_same(got, define(define_sigmoid, case(), learned))
+    assert got.gradients["temperature"] != 0 and got.gradients["bias"] != 0
 
-        def put(x):
-            return sharding.put(np.asarray(x, np.int32 if x.dtype == np.int32 else np.float32), mesh, sharding.TEXTS)
 
-        args = jax.tree.map(put, (q, d, queries, documents))
-        loss = jax.jit(
-            jax.value_and_grad(
-                lambda q, d, t, *texts: infonce(q, d, *texts, t, POSITIVES, symmetric, tile)[0], argnums=(0, 1, 2)
-            )
-        )
-        value, gradients = loss(args[0], args[1], jnp.float32(t), *args[2:])
-    want, want_gradients = expected(symmetric)
-    assert abs(value - want) <= 1e-6 * abs(want)
-    for got, wanted in zip(gradients, want_gradients):
-        assert np.abs(got - wanted).max() <= 2e-6 * np.abs(wanted).max()
+def test_mixed_negatives_join_the_sum():
+    """Two mixtures a query, against the formula with the mixtures as they are."""
+    mixed, there = (np.asarray(x) for x in mixed_negatives(case(), 2))
+
+    def define_with_mixed(e: Embedded, temperature: torch.Tensor) -> torch.Tensor:
+        total = weights = 0
+        for i, weight in enumerate(e.query_texts.weight):
+            if weight == 0:
+                continue
+            rivals = [dot(e, (i, -1), column) for column in negatives(e, "qd", "all", (i, -1))]
+            rivals += [e.queries[i] @ torch.tensor(np.float64(mixed[i, k])) for k in np.flatnonzero(there[i])]
+            costs = []
+            for p in drawn(e, i):
+                positive = dot(e, (i, -1), (i, p))
+                costs.append(
+                    torch.logsumexp(torch.stack([positive, *rivals]) / temperature, 0) - positive / temperature
+                )
+            total, weights = total + weight * sum(costs) / len(costs), weights + weight
+        return total / weights
+
+    assert there.any() and not there.all()
+    want = define(define_with_mixed, case(), {"temperature": 0.1})
+    got = evaluate(infonce, case(), "data 8", {"temperature": 0.1}, mixed_negatives=2)
+    assert abs(got.value - want.value) <= 1e-5 * want.value
+    assert np.abs(got.gradients["temperature"] - want.gradients["temperature"]) <= 1e-5 * abs(
+        want.gradients["temperature"]
+    )
+    assert (
+        np.abs(got.gradients["queries"] - want.gradients["queries"]).max()
+        <= 1e-5 * np.abs(want.gradients["queries"]).max()
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**16), share=st.floats(0, 1))
+def test_any_voids_positives_and_negatives(seed, share):
+    """One program, cases at random, from hardly a text missing to hardly one there."""
+    rng = np.random.default_rng(seed)
+    some = make_case(seed, pairs=12, positives=2, negatives=2, width=4)
+    gone = rng.random(some.documents.shape[:2]) < share
+    gone[:, 0] = False
+    void = {"pair": VOID, "text": NO_TEXT, "group": NO_GROUP, "weight": 0}
+    texts = some.document_texts
+    changed = {
+        name: np.where(gone, np.array(x, getattr(texts, name).dtype), getattr(texts, name)) for name, x in void.items()
+    }
+    changed["partners"] = np.where(gone[..., None], np.int32(NO_TEXT), texts.partners)
+    some = dataclasses.replace(some, document_texts=dataclasses.replace(texts, **changed))
+    fields = {"blocks": ALL, "false_negatives": "absolute"}
+    want = define(define_infonce, some, {"temperature": 0.2}, **fields)
+    assert_same(evaluate(infonce, some, "1", {"temperature": 0.2}, tile=5, **fields), want, tolerance=2e-5)
+
+
+def test_places_change_nothing():
+    """Other micro-batches or another order put the pairs in other places."""
+    order = np.random.default_rng(0).permutation(len(case().queries))
+    got = evaluate(
+        infonce, permuted(case(), order), "1", {"temperature": 0.1}, exchange="gather", tile=2048, **SETTINGS["GTE"]
+    )
+    back = {name: x[np.argsort(order)] if x.ndim else x for name, x in got.gradients.items()}
+    assert_same(dataclasses.replace(got, gradients=back), defined("GTE"))
 
 
 def test_a_pair_without_negatives_costs_nothing_and_stays_finite():
-    q, d, queries, documents, t = make_case()
-    alone = dataclasses.replace(queries, scope=np.full_like(queries.scope, SCOPE_OWN))
-    no_hard = dataclasses.replace(documents, pair=np.where(documents.rank < 0, VOID, documents.pair).astype(np.int32))
-    with jax.set_mesh(sharding.make_mesh(MeshConfig(1), jax.devices()[:1])):
-        value, gradient = jax.value_and_grad(
-            lambda q: infonce(q, jnp.float32(d), alone, no_hard, jnp.float32(t), 2)[0]
-        )(jnp.float32(q))
+    texts = describe(jnp.eye(4), jnp.ones((4, 2, 4)) / 2, in_batch=False, present=jnp.arange(2) < jnp.ones((4, 1)))
+    value, gradient = jax.value_and_grad(
+        lambda q: infonce(dataclasses.replace(texts, queries=q), temperature=0.1, focal=0.5)[0]
+    )(texts.queries)
     assert value == 0 and not gradient.any()
 
 
 def test_accuracy_counts_queries_whose_positives_beat_every_negative():
-    q = np.eye(4, WIDTH, dtype=np.float32)
-    pair, none = np.arange(4, dtype=np.int32), np.full(4, NO_GROUP, np.int32)
-    one = Texts(pair, 0 * pair, 10 + pair, np.full((4, 1), NO_TEXT, np.int32), none, 0 * pair, 0 * pair,
-                np.ones(4, np.float32), np.zeros(4, np.float32))  # fmt: skip
-    two = dataclasses.replace(one, text=20 + pair)
-    d = q[[0, 1, 3, 2]]  # pairs 2 and 3 are swapped
-    with jax.set_mesh(sharding.make_mesh(MeshConfig(1), jax.devices()[:1])):
-        _, metrics = infonce(jnp.asarray(q), jnp.asarray(d), one, two, jnp.float32(0.1))
-    assert metrics["accuracy"] == 0.5
+    queries = jnp.eye(4)
+    texts = describe(queries, queries[jnp.array([0, 1, 3, 2])][:, None])  # pairs 2 and 3 are swapped
+    for hardness in (0.0, 3.0):
+        assert infonce(texts, temperature=0.1, hardness=hardness, hardness_of="all")[1]["accuracy"] == 0.5
+    assert sigmoid(texts, temperature=0.1, bias=0.0)[1]["accuracy"] == 0.5
+
+
+def test_bfloat16_factors_float32_sums():
+    rounded = {
+        name: np.asarray(jnp.asarray(getattr(case(), name), jnp.bfloat16), np.float32)
+        for name in ("queries", "documents")
+    }
+    want = define(define_infonce, dataclasses.replace(case(), **rounded), {"temperature": 0.1})
+    got = evaluate(
+        infonce, dataclasses.replace(case(), **rounded), "data 2", {"temperature": 0.1}, precision="bfloat16"
+    )
+    assert abs(got.value - want.value) <= 1e-5 * want.value
+    for name in ("queries", "documents"):  # the slopes are rounded to bfloat16 too, before the products
+        assert np.abs(got.gradients[name] - want.gradients[name]).max() <= 2**-7 * np.abs(want.gradients[name]).max()
+    assert got.gradients["queries"].dtype == np.float32
+
+
+def test_the_ring_is_taken_where_gathering_needs_much_memory(monkeypatch):
+    def collectives() -> str:
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+        with jax.set_mesh(mesh):
+            vectors = jax.ShapeDtypeStruct((64, 16), jnp.float32, sharding=jax.NamedSharding(mesh, jax.P("data")))
+            texts = lambda q, d: describe(q, d[:, None], axes=("data",))  # noqa: E731
+            return (
+                jax.jit(lambda q, d: infonce(spread(texts(q, d)), temperature=0.1)[0]).lower(vectors, vectors).as_text()
+            )
+
+    assert "all_gather" in collectives() and "collective_permute" not in collectives()
+    monkeypatch.setattr(contrastive, "GATHER_BYTES", 0)
+    assert "collective_permute" in collectives() and "all_gather" not in collectives()
+
+
+def test_no_matrix_of_all_pairs_is_made():
+    n, width = 8192, 16
+    vectors = jax.ShapeDtypeStruct((n, width), jnp.float32)
+    loss = lambda q, d: infonce(describe(q, d[:, None]), temperature=0.1, blocks=ALL, tile=512)[0]  # noqa: E731
+    memory = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(vectors, vectors).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < n * n * 4 / 8

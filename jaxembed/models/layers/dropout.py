@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from jaxembed.hashing import mix
 from jaxembed.sharding import BATCH
 
 
@@ -33,7 +34,7 @@ class Noise:
 
 def step_seed(seed: int, step: jax.Array) -> jax.Array:
     """Returns the uint32 seed of a step's masks."""
-    return _mix(_mix(jnp.uint32(seed) ^ jnp.uint32(0x9E3779B9)) ^ step.astype(jnp.uint32))
+    return mix(mix(jnp.uint32(seed) ^ jnp.uint32(0x9E3779B9)) ^ step.astype(jnp.uint32))
 
 
 def dropout(x: jax.Array, rate: float, noise: Noise | None, place: jax.Array) -> jax.Array:
@@ -41,7 +42,7 @@ def dropout(x: jax.Array, rate: float, noise: Noise | None, place: jax.Array) ->
     if noise is None or rate == 0:
         return x
     channels = jnp.arange(x.shape[-1], dtype=jnp.uint32)
-    bits = _mix(_token_hash(noise, place)[..., None] ^ _mix(channels))
+    bits = mix(_token_hash(noise, place)[..., None] ^ mix(channels))
     return _drop(x, bits, rate)
 
 
@@ -52,21 +53,15 @@ def dropout_weights(weights_RxHxLxL: jax.Array, rate: float, noise: Noise | None
     heads = jnp.arange(weights_RxHxLxL.shape[1], dtype=jnp.uint32)[None, :, None, None]
     query = _token_hash(noise, place)[:, None, :, None]
     key_positions = jax.sharding.reshard(noise.positions, P(BATCH, None))
-    key = _mix(key_positions.astype(jnp.uint32))[:, None, None, :]
-    return _drop(weights_RxHxLxL, _mix(_mix(query ^ _mix(heads)) + key), rate)
+    key = mix(key_positions.astype(jnp.uint32))[:, None, None, :]
+    return _drop(weights_RxHxLxL, mix(mix(query ^ mix(heads)) + key), rate)
 
 
 def _token_hash(noise: Noise, place: jax.Array) -> jax.Array:
-    h = _mix(noise.seed ^ _mix(jnp.asarray(place, jnp.uint32)))
-    return _mix(_mix(h ^ noise.texts.astype(jnp.uint32)) ^ noise.positions.astype(jnp.uint32))
+    h = mix(noise.seed ^ mix(jnp.asarray(place, jnp.uint32)))
+    return mix(mix(h ^ noise.texts.astype(jnp.uint32)) ^ noise.positions.astype(jnp.uint32))
 
 
 def _drop(x: jax.Array, bits: jax.Array, rate: float) -> jax.Array:
     keep = bits >= jnp.uint32(round(rate * 2**32))
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
-
-
-def _mix(h: jax.Array) -> jax.Array:
-    h = (h ^ (h >> 16)) * jnp.uint32(0x7FEB352D)
-    h = (h ^ (h >> 15)) * jnp.uint32(0x846CA68B)
-    return h ^ (h >> 16)
