@@ -28,7 +28,7 @@ ROUNDS = flags.DEFINE_integer("rounds", 5, "Times that each is measured.")
 PRECISION = flags.DEFINE_enum("precision", "float32", ["float32", "bfloat16"], "Of the products' factors.")
 TILE = flags.DEFINE_integer("tile", 2048, "Edge of the loss's tiles.")
 PLAIN_BYTES = flags.DEFINE_float("plain_bytes", 5e9, "Memory that the plain loss's matrices may take.")
-SLICE = 2048  # rows of a plain product at a time
+SLICE_SCORES = 2**28  # scores that a plain product makes at a time
 
 Vectors = tuple[jax.Array, jax.Array]
 
@@ -57,7 +57,8 @@ def products(vectors: Vectors) -> Vectors:
         scores_SxN, again_SxN = (x.astype(PRECISION.value) for x in (scores_SxN, again_SxN))
         return d_documents + _product(again_SxN.T, some_SxE), _product(scores_SxN, documents_NxE)
 
-    slices = queries_NxE.reshape(-1, min(SLICE, len(queries_NxE)), queries_NxE.shape[1])
+    n, width = queries_NxE.shape
+    slices = queries_NxE.reshape(-1, min(n, max(1, SLICE_SCORES // n)), width)
     d_documents, d_queries = jax.lax.scan(rows, jnp.zeros(documents_NxE.shape), slices)
     return d_queries, d_documents
 
@@ -96,9 +97,8 @@ def measure(batch: int) -> dict[str, float]:
 
 
 def main(_: list[str]) -> None:
-    device = jax.devices()[0]
-    title = f"InfoNCE and its gradient, width {WIDTH.value}, {PRECISION.value}, {device.device_kind}, medians of {ROUNDS.value}"
-    table = Table(title=title)
+    what = f"InfoNCE and its gradient, width {WIDTH.value}, {PRECISION.value}"
+    table = Table(title=f"{what}, {jax.devices()[0].device_kind}, medians of {ROUNDS.value}")
     for column in ("batch", "four products s", "tiled s", "tiled / products", "TFLOP/s, tiled", "plain s"):
         table.add_column(column, justify="right")
     ratios = {}

@@ -8,6 +8,7 @@ compiles it here, without a TPU, and says which instructions run in which order;
 
 import dataclasses
 import json
+import math
 import re
 
 import jax
@@ -66,7 +67,6 @@ class Collective:
 
 def compile_loss(exchange: str, precision: str, batch: int) -> jax.stages.Compiled:
     """Compiles value and gradient of InfoNCE over `batch` pairs for the chips of TOPOLOGY."""
-    # In a slice of several hosts the chips are known by where they stand.
     chips = topologies.make_mesh(topologies.get_topology_desc(TOPOLOGY, "tpu"), CHIPS, sharding.AXES).devices
     mesh = jax.sharding.Mesh(chips, sharding.AXES, axis_types=(AxisType.Explicit,) * len(sharding.AXES))
 
@@ -90,32 +90,31 @@ def memory(compiled: jax.stages.Compiled) -> tuple[int, int]:
 
 
 def collectives(compiled: jax.stages.Compiled) -> list[Collective]:
-    """Reads from the scheduled program what chips send each other, in the order of the text."""
-    programs = _computations(compiled.as_text())
-    multiplies: dict[str, bool] = {}  # by computation; XLA writes what is called before what calls it
+    """Reads from the scheduled program what chips send each other, in the order of the text; scalars are left out."""
+    multiplies: set[str] = set()  # computations with a matrix product; XLA writes what is called before what calls it
 
     def is_product(line: str) -> bool:
         called = re.findall(r"(?:calls|body)=%([\w.\-]+)", line)
-        return bool(re.search(r" (dot|convolution)\(", line)) or any(multiplies.get(name, False) for name in called)
+        return bool(re.search(r" (dot|convolution)\(", line)) or not multiplies.isdisjoint(called)
 
     found = []
-    for name, lines in programs.items():
-        multiplies[name] = any(is_product(line) for line in lines)
+    for name, lines in _computations(compiled.as_text()).items():
+        if any(is_product(line) for line in lines):
+            multiplies.add(name)
         for i, line in enumerate(lines):
             match = re.search(rf"%([\w.\-]+) = (.+?) ({'|'.join(_KINDS)})(-start)?\(", line)
             if not match:
                 continue
-            result, shapes, kind, started = match.groups()
+            result, types, kind, started = match.groups()
+            shapes = re.findall(r"\w+\[[\d,]+\]", types)
             meanwhile = []
             if started:
+                shapes = shapes[1:2]  # of what is sent, what comes, and flags
                 done = next(j for j, other in enumerate(lines) if f"{kind}-done(%{result})" in other)
                 meanwhile = lines[i + 1 : done]
-            arrays = re.findall(r"\w+\[[\d,]*\]", re.sub(r"\{.*?\}", "", shapes))
-            # A start's tuple: what is sent, what comes, and flags.
-            arrays = arrays[1:2] if started else arrays
-            repeated = not name.startswith("ENTRY")
-            products = sum(is_product(other) for other in meanwhile)
-            found.append(Collective(kind, tuple(arrays), repeated, bool(started), products))
+            if shapes:
+                products = sum(map(is_product, meanwhile))
+                found.append(Collective(kind, tuple(shapes), name != "ENTRY", bool(started), products))
     return found
 
 
@@ -123,8 +122,8 @@ def _computations(text: str) -> dict[str, list[str]]:
     """Splits a program's text into its computations: name → instructions."""
     programs: dict[str, list[str]] = {}
     for line in text.splitlines():
-        if match := re.match(r"(ENTRY )?%([\w.\-]+) \(.*\{$", line):
-            programs["".join(filter(None, match.groups()))] = lines = []
+        if match := re.match(r"(?:(ENTRY) )?%([\w.\-]+) \(.*\{$", line):
+            programs[match[1] or match[2]] = lines = []
         elif programs and line.startswith("  "):
             lines.append(line)
     return programs
@@ -132,10 +131,7 @@ def _computations(text: str) -> dict[str, list[str]]:
 
 def _bytes(shape: str) -> int:
     kind, sizes = shape.rstrip("]").split("[")
-    count = 1
-    for size in filter(None, sizes.split(",")):
-        count *= int(size)
-    return count * _ITEM_BYTES[kind]
+    return _ITEM_BYTES[kind] * math.prod(map(int, sizes.split(",")))
 
 
 def main(_: list[str]) -> None:
@@ -143,8 +139,8 @@ def main(_: list[str]) -> None:
     sizes = Table(title=f"{title}: MB on each chip")
     for column in ("exchange", "precision", "pairs", "inputs + gradients", "temporaries"):
         sizes.add_column(column, justify="right")
-    sent = Table(title="What travels, but for scalars; in a loop: once for each other chip")
-    for column in ("exchange", "precision", "pairs", "what", "arrays", "MB", "in a loop", "hidden behind"):
+    sent = Table(title="What travels (in a loop: once for each of the other chips), and behind what it hides")
+    for column in ("exchange", "precision", "pairs", "what", "arrays", "MB", "in a loop", "behind"):
         sent.add_column(column, justify="right")
     result = {}
     for exchange, precision, batch in CASES:
@@ -154,11 +150,10 @@ def main(_: list[str]) -> None:
         sizes.add_row(*case, f"{held / 1e6:,.1f}", f"{temporaries / 1e6:,.1f}")
         result[f"{exchange} {precision} {batch}"] = {"inputs_and_gradients": held, "temporaries": temporaries}
         for c in collectives(compiled):
-            if c.bytes > 8:
-                hidden = f"{c.products} products" if c.products else ("other work" if c.hidden else "nothing")
-                loop = "yes" if c.repeated else ""
-                sent.add_row(*case, c.kind, " ".join(c.shapes), f"{c.bytes / 1e6:,.2f}", loop, hidden)
-    console = Console(width=150)
+            hidden = f"products: {c.products}" if c.products else ("other work" if c.hidden else "nothing")
+            loop = "yes" if c.repeated else ""
+            sent.add_row(*case, c.kind, " ".join(c.shapes), f"{c.bytes / 1e6:,.2f}", loop, hidden)
+    console = Console(width=120)
     console.print(sizes)
     console.print(sent)
     print(json.dumps({"chips": TOPOLOGY, "bytes": result}))

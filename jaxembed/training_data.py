@@ -16,9 +16,11 @@ from jaxembed.data.loader import BatchBuilder, TeacherTexts
 from jaxembed.data.plan import Plan
 from jaxembed.data.rungs import choose_row_length
 from jaxembed.errors import UserError
-from jaxembed.losses.table import LOSSES, NEGATIVE_QUERIES, NEGATIVES, SCORES
+from jaxembed.losses.table import COSINES, LOSSES, NEGATIVE_QUERIES, NEGATIVES, SCORES
 from jaxembed.model_source import Blueprint
 from jaxembed.models.layers.attention import KERNEL_BLOCK
+
+_SCORES_AT_ONCE = 2**22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,17 +164,23 @@ def check_needs(config: Config, caches: Sequence[TokenCache]) -> None:
         for i, (source, cache) in enumerate(zip(config.data.train, caches)):
             if source.losses and loss.title not in source.losses:
                 continue
-            for need, field, there in (
-                (SCORES, "'scores' for every document", cache.scored),
-                (NEGATIVES, "'negative'", cache.max_negatives > 0),
-                (NEGATIVE_QUERIES, "'negative_query'", cache.negative_queries),
+            for need, lacking, there in (
+                (SCORES, "have no 'scores' for every document", lambda c: c.scored),
+                (COSINES, "have 'scores' beyond -1 … 1", _scores_are_cosines),
+                (NEGATIVES, "have no 'negative'", lambda c: c.max_negatives > 0),
+                (NEGATIVE_QUERIES, "have no 'negative_query'", lambda c: c.negative_queries),
             ):
-                if need in needs and not there:
+                if need in needs and not there(cache):
                     raise UserError(
-                        f"config.data.train[{i}]: the records of {cache.label} have no {field}, which the loss "
-                        f"{loss.title!r} needs: add them, or say in config.data.train[{i}].losses which "
-                        "losses the source trains"
+                        f"config.data.train[{i}]: the records of {cache.label} {lacking}, which the loss "
+                        f"{loss.title!r} needs: change them, or say in config.data.train[{i}].losses what the source "
+                        "trains"
                     )
+
+
+def _scores_are_cosines(cache: TokenCache) -> bool:
+    starts = range(0, cache.n_texts, _SCORES_AT_ONCE)
+    return not any((np.abs(cache.scores[i : i + _SCORES_AT_ONCE]) > 1).any() for i in starts)
 
 
 def _open_cache(

@@ -119,5 +119,5 @@ def _similarity_error(
     total = shares_NxT.sum()
     roots_NxTx1 = jnp.sqrt(shares_NxT / jnp.where(total > 0, total, 1))[..., None]
     s, t = roots_NxTx1 * students_NxTxE, roots_NxTx1 * teachers_NxTxF
-    of_students, across, of_teachers = (jnp.square(gram(a, b, e.axes)).sum() for a, b in ((s, s), (s, t), (t, t)))
+    of_students, across, of_teachers = (jnp.square(gram(a, b)).sum() for a, b in ((s, s), (s, t), (t, t)))
     return of_students - 2 * across + of_teachers

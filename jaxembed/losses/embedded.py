@@ -92,10 +92,9 @@ def spread(embedded: Embedded) -> Embedded:
     In an explicit mesh the arrays say which axes they are sharded over. Elsewhere (no mesh, or one whose axes are
     automatic) nothing is moved here, and `axes` stay as they are.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if not _is_explicit(mesh):
+    if not in_explicit_mesh():
         return embedded
-    axes = embedded.axes or _loss_axes(mesh, embedded.queries)
+    axes = embedded.axes or _loss_axes(embedded.queries)
     arrays = jax.tree.map(
         lambda x: jax.sharding.reshard(x, P(axes, *(None,) * (x.ndim - 1)) if x.ndim else P()), embedded
     )
@@ -104,17 +103,18 @@ def spread(embedded: Embedded) -> Embedded:
 
 def everywhere(x: jax.Array) -> jax.Array:
     """Returns the whole array on every device; for small ones."""
-    if not _is_explicit(jax.sharding.get_abstract_mesh()):
-        return x
-    return jax.sharding.reshard(x, P(*(None,) * x.ndim))
+    return jax.sharding.reshard(x, P(*(None,) * x.ndim)) if in_explicit_mesh() else x
 
 
-def _is_explicit(mesh: jax.sharding.AbstractMesh) -> bool:
+def in_explicit_mesh() -> bool:
+    """Whether shardings are part of the arrays' types here."""
+    mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and all(kind == AxisType.Explicit for kind in mesh.axis_types)
 
 
-def _loss_axes(mesh: jax.sharding.AbstractMesh, queries: jax.Array) -> tuple[str, ...]:
+def _loss_axes(queries: jax.Array) -> tuple[str, ...]:
     """Returns the axes that the pairs are spread over: those that they lie on, and others as far as they divide."""
+    mesh = jax.sharding.get_abstract_mesh()
     given = jax.typeof(queries).sharding.spec[0]
     axes = [given] if isinstance(given, str) else list(given or ())
     for axis in (axis for axis in mesh.axis_names if axis not in axes):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxembed.losses.embedded import EXACT, Embedded, own_scores, weighted_mean
+from jaxembed.losses.embedded import EXACT, Embedded, in_explicit_mesh, own_scores, weighted_mean
 
 
 def unit(vectors: jax.Array) -> jax.Array:
@@ -18,17 +18,17 @@ def cosines(e: Embedded) -> jax.Array:
     return own_scores(unit(e.queries), unit(e.documents), e.present)
 
 
-def gram(a_NxTxE: jax.Array, b_NxTxF: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+def gram(a_NxTxE: jax.Array, b_NxTxF: jax.Array) -> jax.Array:
     """Returns AᵀB, float32 [E, F], of the texts of all devices, A and B having a row per text.
 
     ‖ABᵀ‖² = Σ (AᵀA ∘ BᵀB), so sums over the products of all texts with all need no matrix of them.
 
     Args:
-      a_NxTxE: float32, sharded by pair over `axes`.
+      a_NxTxE: float32, sharded by pair.
       b_NxTxF: likewise.
-      axes: `Embedded.axes`; () without a mesh.
     """
-    return jnp.einsum("nte,ntf->ef", a_NxTxE, b_NxTxF, precision=EXACT, out_sharding=P(None, None) if axes else None)
+    whole = P(None, None) if in_explicit_mesh() else None
+    return jnp.einsum("nte,ntf->ef", a_NxTxE, b_NxTxF, precision=EXACT, out_sharding=whole)
 
 
 def mean_over_pairs(values: jax.Array, chosen: jax.Array, weights_N: jax.Array) -> jax.Array:

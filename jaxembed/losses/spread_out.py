@@ -38,6 +38,6 @@ def _mean_square(vectors_NxTxE: jax.Array, present_NxT: jax.Array, e: Embedded) 
     shares_NxT = present_NxT * (weights_N / jnp.maximum(present_NxT.sum(-1), 1))[:, None]
     roots_NxTxE = jnp.sqrt(shares_NxT)[..., None] * vectors_NxTxE
     own_NxTxT = jnp.einsum("nte,nue->ntu", roots_NxTxE, roots_NxTxE, precision=EXACT)
-    between = jnp.square(gram(roots_NxTxE, roots_NxTxE, e.axes)).sum() - jnp.square(own_NxTxT).sum()
+    between = jnp.square(gram(roots_NxTxE, roots_NxTxE)).sum() - jnp.square(own_NxTxT).sum()
     share = 1 - jnp.square(weights_N).sum()  # of products of different pairs
     return jnp.where(several, between / jnp.where(several, share, 1), 0)

@@ -4,7 +4,8 @@ import dataclasses
 import importlib
 from collections.abc import Callable
 
-SCORES, NEGATIVES, NEGATIVE_QUERIES, TEACHER = "scores", "hard negatives", "negative_query", "a teacher"
+SCORES, COSINES = "scores", "scores from -1 to 1"
+NEGATIVES, NEGATIVE_QUERIES, TEACHER = "hard negatives", "negative_query", "a teacher"
 ENGINE = ("exchange", "precision", "tile")  # fields of all losses that compare every text with every other
 
 
@@ -16,7 +17,8 @@ class Entry:
       where: 'module:function' in `jaxembed.losses`. The function is called with an `Embedded` and the fields of
         `takes` as keyword arguments, and returns (loss, metrics).
       takes: fields of `LossConfig`; `temperature` and `bias` come as arrays, learned or not.
-      needs: what every record of its sources must have (SCORES, NEGATIVES, NEGATIVE_QUERIES), or the run (TEACHER).
+      needs: what every record of its sources must have (SCORES, COSINES, NEGATIVES, NEGATIVE_QUERIES), or
+        the run (TEACHER).
       learns: parameters of its own that it always trains: 'bias', 'projection'.
     """
 
@@ -41,8 +43,8 @@ LOSSES: dict[str, Entry] = {
     "triplet": Entry("triplet:triplet", ("margin", "distance"), needs=(NEGATIVES,)),
     "cosent": Entry("ranking:cosent", ("temperature",), needs=(SCORES,)),
     "angle": Entry("ranking:angle", ("temperature",), needs=(SCORES,)),
-    "cosine": Entry("regression:cosine", (), needs=(SCORES,)),
-    "margin_mse": Entry("distillation:margin_mse", (), needs=(SCORES, NEGATIVES)),
+    "cosine": Entry("regression:cosine", needs=(SCORES, COSINES)),
+    "margin_mse": Entry("distillation:margin_mse", needs=(SCORES, NEGATIVES)),
     "kl": Entry("distillation:kl", ("temperature", "teacher_temperature"), needs=(NEGATIVES,)),
     "match": Entry("distillation:match", ("similarity_weight",), needs=(TEACHER,), learns=("projection",)),
     "spread_out": Entry("spread_out:spread_out"),

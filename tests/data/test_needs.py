@@ -12,6 +12,7 @@ from jaxembed.training_data import check_needs
 PAIRS = FakeCache([FakeRecord(1, (2,))])
 NEGATIVES = FakeCache([FakeRecord(1, (2,)), FakeRecord(1, (2,), (3,))])
 SCORED = FakeCache([FakeRecord(1, (2,), (3,), scores=(1.0, 0.0))])
+GRADED = FakeCache([FakeRecord(1, (2,), scores=(5.0,))])
 ANSWERED = FakeCache([FakeRecord(1, (2,), (3,), negative_queries=(4,))])
 
 
@@ -26,6 +27,9 @@ def config(loss, *losses, first_trains=()):
         ("infonce", (PAIRS, PAIRS), None),
         ("cosent", (SCORED, PAIRS), r"train\[1\]: .* no 'scores' for every document, which the loss 'cosent' needs"),
         ("cosent", (SCORED, SCORED), None),
+        ("cosine", (SCORED, SCORED), None),
+        ("cosine", (SCORED, GRADED), r"train\[1\]: .* have 'scores' beyond -1 … 1, which the loss 'cosine' needs"),
+        ("cosent", (SCORED, GRADED), None),
         ("triplet", (PAIRS, NEGATIVES), r"train\[0\]: .* no 'negative', which the loss 'triplet' needs"),
         ("triplet", (NEGATIVES, SCORED), None),
         ("clp", (ANSWERED, NEGATIVES), r"train\[1\]: .* no 'negative_query', which the loss 'clp' needs"),
@@ -54,6 +58,6 @@ def test_only_the_losses_that_a_source_trains_count():
     losses = (LossConfig(name="infonce"), LossConfig(name="cosent", label="graded"))
     caches = (PAIRS, SCORED)
     check_needs(config("triplet", *losses, first_trains=("infonce",)), caches)
-    for names in ((), ("graded",), ("infonce", "cosent")):
+    for names in ((), ("graded",), ("infonce", "graded")):
         with pytest.raises(UserError, match=r"train\[0\]: .* which the loss 'graded' needs"):
             check_needs(config("triplet", *losses, first_trains=names), caches)

@@ -73,6 +73,19 @@ def test_on_eight_devices_it_is_the_same(alone, kind):
         assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
 
 
+@pytest.mark.parametrize("kind", AXES)
+def test_losses_of_whole_batches_know_all_meshes(kind):
+    axis_type, axes = AXES[kind]
+    scores = np.random.default_rng(3).random((N, D))
+    for name in ("spread_out", "cosent"):
+        want = compute(name, describe(QUERIES, DOCUMENTS, scores=scores))[0]
+        mesh = jax.make_mesh((8,), ("rows",), axis_types=(axis_type,))
+        with jax.set_mesh(mesh):
+            q, d = (jax.device_put(x, NamedSharding(mesh, P("rows"))) for x in (QUERIES, DOCUMENTS))
+            got = jax.jit(lambda q, d, name=name: compute(name, describe(q, d, scores=scores, axes=axes))[0])(q, d)
+        assert float(got) == pytest.approx(float(want), rel=1e-5)
+
+
 def test_queries_of_weight_0_and_sources():
     """A batch of two sources, one of them weightless, is the other one alone."""
     half = N // 2

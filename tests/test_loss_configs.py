@@ -1,0 +1,83 @@
+"""configs/losses.py: every loss and preset loads, and trains its model and all that the loss itself learns."""
+
+import importlib.util
+import math
+import pathlib
+
+import numpy as np
+import pytest
+from test_embedder import make
+from test_trainer import saved, train_on
+from tiny_run import SHAPE, sentence, write_lines, write_tokenizer
+
+from jaxembed import config as config_lib
+from jaxembed.losses.table import LOSSES as TABLE
+from jaxembed.metrics import read_metrics
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+STEPS = 2
+TAUGHT = ("embedding_gemma", "gist", "match")
+
+
+def load_module():
+    spec = importlib.util.spec_from_file_location("losses_config", ROOT / "configs" / "losses.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+CONFIGS = load_module()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Records that have all that any loss needs, a tokenizer, a teacher of another width."""
+    folder = tmp_path_factory.mktemp("loss_configs")
+    rng = np.random.default_rng(3)
+    texts = lambda n: [sentence(rng, 4, 4) for _ in range(n)]  # noqa: E731
+    rows = [
+        {
+            "text": sentence(rng, 4, 4),
+            "query": sentence(rng, 4, 4),
+            "positive": texts(1),
+            "negative": texts(2),
+            "negative_query": texts(2),
+            "scores": rng.uniform(0, 1, 3).round(3).tolist(),
+        }
+        for _ in range(60)
+    ]
+    for name, part in (("a", rows[:40]), ("b", rows[40:])):
+        write_lines(folder / f"{name}.jsonl", part)
+    write_tokenizer(folder / "tokenizer.json")
+    make(folder, model__shape=SHAPE | {"num_hidden_layers": 1, "hidden_size": 16}).save(folder / "teacher")
+    return folder
+
+
+def small(folder, name: str) -> config_lib.Config:
+    """The config's tiny mode, for two steps of a tiny model from scratch."""
+    c = CONFIGS.get_config(f"{name},tiny")
+    c.steps = c.checkpoint.every = STEPS
+    c.optimizer.warmup_steps = 0
+    c.model.init, c.model.arch, c.model.shape = "scratch", "bert", SHAPE
+    c.tokenizer = f"file:{folder / 'tokenizer.json'}"
+    c.data.cache_dir = str(folder / "cache")
+    c.export, c.log_to = False, ()
+    for source, file in zip(c.data.train, ("a", "b")):
+        source.path = str(folder / f"{file}.jsonl")
+    if name in TAUGHT:
+        c.teacher.init = f"hf:{folder / 'teacher'}"
+    return config_lib.load(c)
+
+
+@pytest.mark.parametrize("name", CONFIGS.LOSSES)
+def test_every_loss_trains_the_model_and_its_own_parameters(folder, tmp_path, name):
+    config = small(folder, name)
+    train_on(1, config, tmp_path)
+    lines = read_metrics(tmp_path)
+    assert len(lines) == STEPS
+    assert all(math.isfinite(line["loss"]) and 0 < line["grad_norm"] < math.inf for line in lines), lines
+    # The second moments of AdamW are sums of squared gradients: 0 where there never was one.
+    moments = {path: x for path, x in saved(tmp_path).items() if "nu" in path and "loss" in path}
+    assert all(x.all() for x in moments.values()), moments
+    own = sum(loss.learn_temperature + len(TABLE[loss.name].learns) for loss in config.all_losses)
+    assert len(moments) == own
