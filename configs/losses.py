@@ -38,7 +38,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "embedding_gemma": {"losses": ({"name": "infonce", "hardness": 5.0}, {"name": "spread_out"}, {"name": "match"})},
     # LLaVE, arXiv:2503.04812: hardness 9
     "llave": {"loss.hardness": 9.0, "loss.hardness_of": "in_batch"},
-    # KaLM-Embedding-V2, arXiv:2506.20923: focal 0.5, four steps' pairs of five from one source. Several hard negatives
+    # KaLM-Embedding-V2, arXiv:2506.20923: focal 0.5; 0.8 of a step from one source. Several hard negatives a pair
     "kalm": {"loss.focal": 0.5, "loss.mixed_negatives": 4, "data.one_source": 0.8},
     # Contrastive learning penalty, arXiv:2412.17364: weight 0.1. Hard negatives, each with a `negative_query`
     "clp": {"loss.name": "clp", "loss.penalty": 0.1},

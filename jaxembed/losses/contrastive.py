@@ -18,12 +18,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jaxembed.losses.embedded import EXACT
 from jaxembed.losses.negatives import FILL, Identities, Rule, candidates
 from jaxembed.losses.reductions import MASKED, LogSumExp, Reduction, State
+from jaxembed.losses.ring import ring
 
 GATHER_BYTES = 2**28  # up to here all columns and their gradient are collected on each device; beyond, the ring
 
@@ -108,24 +110,19 @@ def reduce_scores(
       float32 [n], the reduced scores, and float32 [n], the highest similarity among them (MASKED without any), which
       carries no gradient. Differentiable in both sides' vectors, scale and bias.
     """
-    dtype = jnp.bfloat16 if method.precision == "bfloat16" else jnp.float32
-    engine = _Engine(scoring, _resolved(method, rows, columns, dtype), rows.vectors.shape[1])
-    vectors = (rows.vectors.astype(dtype), columns.vectors.astype(dtype))
+    engine = _Engine(scoring, _resolved(method, columns), rows.vectors.shape[1])
     scalars = tuple(jnp.asarray(x, jnp.float32) for x in (scale, bias, guide_scale))
-    rest = tuple(
-        jax.lax.stop_gradient(
-            dataclasses.replace(side, vectors=None, guide=None if side.guide is None else side.guide.astype(dtype))
-        )
-        for side in (rows, columns)
-    )
-    return _reduce(engine, *vectors, *scalars, *rest)
+    rest = tuple(jax.lax.stop_gradient(dataclasses.replace(side, vectors=None)) for side in (rows, columns))
+    return _reduce(engine, rows.vectors, columns.vectors, *scalars, *rest)
 
 
-def _resolved(method: Method, rows: Side, columns: Side, dtype: jnp.dtype) -> Method:
+def _resolved(method: Method, columns: Side) -> Method:
     if method.exchange != "auto":
         return method
-    width = 2 * columns.vectors.shape[1] + (0 if columns.guide is None else columns.guide.shape[1])
-    gathered = columns.vectors.shape[0] * width * jnp.dtype(dtype).itemsize
+    guide = 0 if columns.guide is None else columns.guide.shape[1]
+    numbers = columns.vectors.shape[0] * (columns.vectors.shape[1] + guide)
+    gradient = columns.vectors.size * 4  # always float32
+    gathered = numbers * jnp.dtype(method.precision).itemsize + gradient
     return dataclasses.replace(method, exchange="gather" if gathered <= GATHER_BYTES else "ring")
 
 
@@ -166,7 +163,7 @@ class _Engine:
     ) -> tuple[jax.Array, jax.Array, tuple]:
         by_row = P(self.method.axes)
         return self._on_shards(self._forward, 2, (by_row, by_row, by_row))(
-            _with(row_rest, rows), _with(column_rest, columns), scale, bias, guide_scale
+            self._side(row_rest, rows), self._side(column_rest, columns), scale, bias, guide_scale
         )
 
     def backward(
@@ -182,10 +179,16 @@ class _Engine:
         cotangent: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         by_row = P(self.method.axes)
-        d_rows, d_columns, d_scale, d_bias = self._on_shards(self._backward, 4, (by_row, by_row, P(), P()))(
-            _with(row_rest, rows), _with(column_rest, columns), residual, cotangent, scale, bias, guide_scale
+        sides = self._side(row_rest, rows), self._side(column_rest, columns)
+        return self._on_shards(self._backward, 4, (by_row, by_row, P(), P()))(
+            *sides, residual, cotangent, scale, bias, guide_scale
         )
-        return d_rows.astype(rows.dtype), d_columns.astype(columns.dtype), d_scale, d_bias
+
+    def _side(self, rest: Side, vectors: jax.Array) -> Side:
+        """Joins a side's vectors with the rest of it, in the precision of the products."""
+        dtype = jnp.dtype(self.method.precision)
+        guide = None if rest.guide is None else rest.guide.astype(dtype)
+        return dataclasses.replace(rest, vectors=vectors.astype(dtype), guide=guide)
 
     def _on_shards(self, f: Callable, n_sharded: int, out_specs: tuple) -> Callable:
         """Maps f over the shards: `n_sharded` arguments by row, then three scalars."""
@@ -345,10 +348,19 @@ class _Engine:
         return jax.tree.map(lambda x: jax.lax.all_gather(x, axes, tiled=True), tree) if axes else tree
 
     def _pass_on(self, tree: Any) -> Any:
-        """Hands arrays to the next device of the ring."""
-        n = self._n_devices
-        hops = [(i, (i + 1) % n) for i in range(n)]
-        return jax.tree.map(lambda x: jax.lax.ppermute(x, self.method.axes, hops), tree)
+        """Hands arrays to the next device of the ring.
+
+        Identities travel as one: a TPU has few such transfers under way at once, and more would hold up the vectors.
+        """
+        mesh = jax.sharding.get_abstract_mesh()
+        order = ring(tuple(mesh.shape[axis] for axis in self.method.axes))
+        hops = list(zip(order, (*order[1:], order[0])))
+
+        def hand(x: Any) -> Any:
+            numbers, restore = jax.flatten_util.ravel_pytree(x) if isinstance(x, Identities) else (x, lambda x: x)
+            return restore(jax.lax.ppermute(numbers, self.method.axes, hops))
+
+        return jax.tree.map(hand, tree, is_leaf=lambda x: isinstance(x, Identities))
 
     def _sum(self, x: jax.Array) -> jax.Array:
         return jax.lax.psum(x, self.method.axes) if self.method.axes else x
@@ -357,10 +369,6 @@ class _Engine:
         """Says of constants, which start a loop's carry, that they differ between shards, as what is added will."""
         axes = self.method.axes
         return jax.tree.map(lambda x: jax.lax.pcast(x, axes, to="varying"), tree) if axes else tree
-
-
-def _with(rest: Side, vectors: jax.Array) -> Side:
-    return dataclasses.replace(rest, vectors=vectors)
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:

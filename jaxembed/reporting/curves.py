@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.ticker import EngFormatter
 
 NAME = "curves.png"
+PART = "loss/"  # begins the names of the loss's parts
 INCHES, DPI = (12.8, 8.0), 125  # 1600 × 1000 pixels
 BINS = 800  # about as many as a panel has pixels across: a curve of more points is thinned out
 WINDOWS = 40  # the smoothed line is a mean over this part of a curve's points
@@ -91,6 +92,7 @@ def _panels(figure: "Figure", history: History) -> None:
     gradient, rate, waste = (bottom.add_subplot(grid[:, column]) for column in (0, 1, 3))
     tokens, pairs = (bottom.add_subplot(grid[row, 2]) for row in (0, 1))
     _curve(wide[0], history, "loss", "Loss")
+    _parts(wide[0], history)
     if history.tasks:
         _evaluation(wide[1], history)
     _curve(gradient, history, "grad_norm", "Gradient norm")
@@ -137,6 +139,17 @@ def _curve(
     steps, values = history.series[name]
     _line(axes, Series(steps, values * scale), COLOURS[0], smooth)
     _limit(axes, values * scale, floor)
+
+
+def _parts(axes: "Axes", history: History) -> None:
+    """Draws what the loss is made of, where it has parts: several losses, or sizes of the vectors."""
+    parts = [name for name in history.series if name.startswith(PART)]
+    for name, colour in zip(parts, itertools.cycle(COLOURS[1:])):
+        series = history.series[name]
+        axes.plot(*thin(running_mean(series)), color=colour, linewidth=1.1, label=name.removeprefix(PART))
+    if parts:
+        axes.legend(loc="upper right", ncols=1 + len(parts) // SHOWN_TASKS)
+        _limit(axes, np.concatenate([history.series[name].values for name in ("loss", *parts)]), None)
 
 
 def _line(axes: "Axes", series: Series, colour: str, smooth: bool, label: str = "") -> None:

@@ -22,7 +22,13 @@ from jaxembed.config import MeshConfig
 from jaxembed.data.batch import HARD_NEGATIVE, NO_GROUP, NO_TEXT, SCOPE_ALL, SCOPE_OWN, VOID, Texts
 from jaxembed.losses.embedded import Embedded, spread
 
-MESHES = {"1": MeshConfig(1), "data 2": MeshConfig(2), "data 8": MeshConfig(8), "data 4 x fsdp 2": MeshConfig(4, 2)}
+MESHES = {
+    "1": MeshConfig(1),
+    "data 2": MeshConfig(2),
+    "data 8": MeshConfig(8),
+    "data 4 x fsdp 2": MeshConfig(4, 2),
+    "data 2 x tensor 3": MeshConfig(2, 1, 3),
+}
 VECTORS = ("queries", "documents", "negative_queries")  # what a loss is differentiated by, beside what it learns
 
 

@@ -48,6 +48,16 @@ def test_every_metric_changes_the_picture(tmp_path):
         assert draw(History(rest, ()), "a run") != whole, name
 
 
+def test_parts_of_the_loss_are_drawn(tmp_path):
+    history = History.read(write_run(tmp_path / "run", 30, 10))
+    loss = history.series["loss"]
+    parts = {
+        f"loss/{name}": type(loss)(loss.steps, factor * loss.values) for name, factor in (("full", 0.5), ("dim4", 2))
+    }
+    one, both = (History({**history.series, **dict(list(parts.items())[:n])}, ()) for n in (1, 2))
+    assert len({draw(h, "a run") for h in (history, one, both)}) == 3
+
+
 def test_an_empty_history_is_drawn():
     assert ink(pixels(draw(History({}, ()), "a run"))) > 0.001
 
