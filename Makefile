@@ -32,8 +32,9 @@ $(VENV)/.installed: $(VENV)/.training requirements-test.txt
 	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements-test.txt -c constraints.txt
 	touch $@
 
+# Two processes: most of the time goes into compiling, which takes one core.
 test: setup lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-aot: $(VENV)-aot/.installed
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(VENV)-aot/bin/python -m pytest tests/aot
@@ -56,6 +57,8 @@ docs: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.plan_scale
+	$(BIN)/python -m benchmarks.loss_memory
+	$(BIN)/python -m benchmarks.loss_time
 	$(BIN)/python -m benchmarks.train_cpu
 	$(BIN)/python -m benchmarks.mteb_parity
 	$(BIN)/python -m benchmarks.wrong_inputs

@@ -20,6 +20,8 @@ from ml_collections import ConfigDict
 from jaxembed.config import default_config
 
 SYMMETRIC = {"loss.blocks": ("qd", "dq"), "loss.partition": "separate"}
+# At the rate of a fine-tuned model's weights, a temperature or a bias would hardly move.
+FAST = {"optimizer.by_regex": (("loss/", 100.0),)}
 
 LOSSES: dict[str, dict[str, Any]] = {
     # van den Oord et al. 2018, arXiv:1807.03748
@@ -27,7 +29,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     # E5, arXiv:2212.03533; BGE, arXiv:2309.07597: temperature 0.01
     "e5": {"loss.temperature": 0.01},
     # CLIP, arXiv:2103.00020: temperature learned from 0.07
-    "symmetric": SYMMETRIC | {"loss.temperature": 0.07, "loss.learn_temperature": True},
+    "symmetric": SYMMETRIC | {"loss.temperature": 0.07, "loss.learn_temperature": True} | FAST,
     # GTE, arXiv:2308.03281: temperature 0.01
     "gte": {"loss.blocks": ("qd", "dq", "qq", "dd"), "loss.temperature": 0.01},
     # Qwen3-Embedding, arXiv:2506.05176: what is 0.1 more similar than the positive is no negative
@@ -50,13 +52,14 @@ LOSSES: dict[str, dict[str, Any]] = {
         "loss.temperature": 0.01,
     },
     # SigLIP, arXiv:2303.15343: temperature learned from 0.1, bias from -10
-    "sigmoid": {"loss.name": "sigmoid", "loss.temperature": 0.1, "loss.learn_temperature": True, "loss.bias": -10.0},
+    "sigmoid": {"loss.name": "sigmoid", "loss.temperature": 0.1, "loss.learn_temperature": True, "loss.bias": -10.0}
+    | FAST,
     # FaceNet, arXiv:1503.03832: margin 0.2. Hard negatives
     "triplet": {"loss.name": "triplet", "loss.margin": 0.2},
     # CoSENT, kexue.fm/archives/8847: temperature 0.05. Scores
     "cosent": {"loss.name": "cosent", "loss.temperature": 0.05},
-    # AnglE, arXiv:2309.12871: a sum of these three. Scores
-    "angle": {"losses": ({"name": "angle"}, {"name": "cosent"}, {"name": "infonce"})},
+    # AnglE, arXiv:2309.12871: beside it CoSENT (and in-batch negatives, which are for pairs that match). Scores
+    "angle": {"losses": ({"name": "angle"}, {"name": "cosent"})},
     # SBERT, arXiv:1908.10084. Scores from -1 to 1
     "cosine": {"loss.name": "cosine"},
     # Margin-MSE, arXiv:2010.02666: dot products, of any length. A cross-encoder's scores, hard negatives
@@ -104,6 +107,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.optimizer.warmup_steps = 50
     sources = changes.pop("data.train", ({},))
     c.data.train = tuple(ConfigDict(c.data.train[0].to_dict() | source) for source in sources)
+    c.losses = tuple(ConfigDict(c.loss.to_dict() | loss) for loss in changes.pop("losses", ()))
     c.update_from_flattened_dict(changes)
     if "tiny" in words:
         c.epochs, c.steps, c.batch_size = 0.0, 20, 16

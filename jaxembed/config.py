@@ -135,7 +135,7 @@ class MatryoshkaConfig:
     dims: tuple[int, ...] = ()  # widths beside the full one
     layers: tuple[int, ...] = ()  # depths beside the full one, in layers from the first
     pairs: str = "all"  # every width at every depth, 'all', or the i-th width at the i-th depth, 'zip' (Starbucks)
-    weights: tuple[float, ...] = ()  # of the full size, then of the others in the order of the table in the log; () = 1
+    weights: tuple[float, ...] = ()  # of the full size, then of its other widths, then of each depth's; () = 1
     kl: float = 0.0  # weight of the divergence of smaller sizes' similarities from the full size's
 
 

@@ -85,7 +85,16 @@ def _data(c: Config) -> None:
             f"{where}.in_batch = False and config.data.negatives = 0 leave its pairs without any negative",
         )
         require(
-            source.format != "texts" or c.model.dropout > 0 or c.model.attention_dropout > 0,
+            source.cross_device or source.negatives_from == "source",
+            f"{where}.cross_device = False keeps negatives to one device's part of the source: "
+            f"it does not go with {where}.negatives_from = 'all'",
+        )
+        trains = [loss.name for loss in c.all_losses if not source.losses or loss.title in source.losses]
+        require(
+            source.format != "texts"
+            or c.model.dropout > 0
+            or c.model.attention_dropout > 0
+            or set(trains) <= {"match", "spread_out"},
             f"{where}.format = 'texts' makes a text its own positive: without config.model.dropout or "
             ".attention_dropout two views of a text would be the same vector",
         )

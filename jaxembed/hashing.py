@@ -20,4 +20,4 @@ def mix(h: jax.Array) -> jax.Array:
 
 def uniform(h: jax.Array) -> jax.Array:
     """Turns hashes, uint32, into float32 numbers evenly spread inside (0, 1), ends left out."""
-    return ((h >> 8).astype(jnp.float32) + 0.5) / 2**24
+    return ((h >> 9).astype(jnp.float32) + 0.5) / 2**23  # of 24 bits the last would round up to 1

@@ -137,7 +137,7 @@ class Teacher:
 
 
 def open_teacher(c: TeacherConfig) -> Teacher | None:
-    """Finds the teacher, in the head that it has, its vectors whole even where its folder says to cut them.
+    """Finds the teacher: its vectors whole even where its folder cuts them, and of length 1 if compared by cosine.
 
     Guides are as in GISTEmbed (Solatorio 2024, arXiv:2402.16829), teachers whose vectors are matched as in Jasper and
     Stella (Zhang et al. 2024, arXiv:2412.19048). No run keeps its teacher: one that goes on finds it by its name again,
@@ -149,6 +149,8 @@ def open_teacher(c: TeacherConfig) -> Teacher | None:
     if not c.init:
         return None
     blueprint, load = _open(c.init)
+    if blueprint.similarity == "cosine":  # guides and scores are dot products of its vectors
+        blueprint = dataclasses.replace(blueprint, head=dataclasses.replace(blueprint.head, normalize=True))
     return Teacher(blueprint, blueprint.factory(ModelOptions(dtype=c.dtype, param_dtype=c.dtype)), load)
 
 

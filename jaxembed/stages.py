@@ -75,6 +75,10 @@ def _changed(config: Config, i: int, changes: Mapping[str, Any]) -> Config:
     whole = config_lib.to_json(config) | {"stages": (), "seed": (config.seed + i) % 2**32}
     if any(asked.get(length) for length in LENGTHS):  # the stage's own length stands in for the run's
         whole |= dict.fromkeys(LENGTHS, 0)
+    if "loss" in asked and "losses" not in asked:  # likewise its loss for the run's several, and the other way round
+        whole["losses"] = ()
+    elif "losses" in asked and "loss" not in asked:
+        whole["loss"] = config_lib.to_json(Config())["loss"]
     try:
         return config_lib.build(_merge(whole, asked))
     except UserError as error:

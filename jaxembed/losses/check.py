@@ -2,17 +2,36 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 
 from jaxembed.config import MODEL_KINDS, Config, LossConfig, TeacherConfig, nearest
 from jaxembed.errors import require
-from jaxembed.losses.table import LOSSES, NEGATIVE_QUERIES, NEGATIVES, TEACHER
+from jaxembed.losses.table import LOSSES, MIN_TEMPERATURE, NEGATIVE_QUERIES, NEGATIVES, TEACHER
+
+SIZE = re.compile(r"full|layers\d+|(layers\d+_)?dim\d+")  # names of `jaxembed.losses.objective.Size`
+IDLE = (  # fields that do nothing while another is off
+    ("false_negative_margin", "false_negatives", "keep"),
+    ("false_negative_blocks", "false_negatives", "keep"),
+    ("hardness_of", "hardness", 0.0),
+)
 
 
 def check_losses(c: Config) -> None:
     """Raises UserError with one line for the first rule that the config's losses break."""
     losses = [(f"config.losses[{i}]", loss) for i, loss in enumerate(c.losses)] or [("config.loss", c.loss)]
     labels = [loss.title for _, loss in losses]
+    require(
+        not c.losses or c.loss == LossConfig(),
+        "config.loss and config.losses are both set: the losses that are summed are those of config.losses alone",
+    )
+    for i, source in enumerate(c.data.train):
+        for label in source.losses:
+            require(
+                label in labels,
+                f"config.data.train[{i}].losses: no loss is called {label!r}{nearest(label, labels)}; those are "
+                f"{', '.join(labels)}",
+            )
     for where, loss in losses:
         _one_loss(c, loss, where)
         label = loss.title
@@ -22,13 +41,10 @@ def check_losses(c: Config) -> None:
             f"{where}: no source trains the loss {label!r}: name it in config.data.train[].losses",
         )
     require(sum(loss.weight for _, loss in losses) > 0, "config.losses: all weights are 0")
-    for i, source in enumerate(c.data.train):
-        for label in source.losses:
-            require(
-                label in labels,
-                f"config.data.train[{i}].losses: no loss is called {label!r}{nearest(label, labels)}; those are "
-                f"{', '.join(labels)}",
-            )
+    require(
+        any(loss.name != "spread_out" for _, loss in losses),
+        f"{losses[0][0]}: spread_out alone drives all texts apart: put it beside another in config.losses",
+    )
     _matryoshka(c)
 
 
@@ -62,7 +78,23 @@ def _one_loss(c: Config, loss: LossConfig, where: str) -> None:
             field.name in takes or value == getattr(plain, field.name),
             f"{where}.{field.name} = {value!r}: {name} takes none; it takes {', '.join(entry.takes) or 'nothing'}",
         )
-    require(0 <= loss.weight < math.inf, f"{where}.weight = {loss.weight:g}: must not be negative")
+    for field in dataclasses.fields(loss):
+        value = getattr(loss, field.name)
+        require(not isinstance(value, float) or math.isfinite(value), f"{where}.{field.name} = {value}: must be finite")
+    for field, switch, off in IDLE:
+        require(
+            getattr(loss, field) == getattr(plain, field) or getattr(loss, switch) != off,
+            f"{where}.{field} = {getattr(loss, field)!r} is of no use while .{switch} = {off!r}",
+        )
+    require(
+        not SIZE.fullmatch(loss.label),
+        f"{where}.label = {loss.label!r} is what a size of the vectors is called: take another",
+    )
+    require(
+        not loss.learn_temperature or loss.temperature >= MIN_TEMPERATURE,
+        f"{where}.temperature = {loss.temperature:g}: a learned one starts at {MIN_TEMPERATURE} or above, its bound",
+    )
+    require(loss.weight >= 0, f"{where}.weight = {loss.weight:g}: must not be negative")
     require(loss.tile >= 1, f"{where}.tile = {loss.tile}: must be at least 1")
     for field in ("temperature", "teacher_temperature"):
         value = getattr(loss, field)
@@ -120,4 +152,8 @@ def _matryoshka(c: Config) -> None:
     require(m.kl >= 0, f"config.matryoshka.kl = {m.kl:g}: must not be negative")
     require(
         m.kl == 0 or others > 0, "config.matryoshka.kl compares smaller sizes with the full one: name .dims or .layers"
+    )
+    require(
+        m.kl == 0 or any("temperature" in LOSSES[loss.name].takes for loss in c.all_losses),
+        "config.matryoshka.kl takes the temperature of a loss, and none of the losses has one",
     )

@@ -226,7 +226,7 @@ class _Engine:
         inner, highest = jax.tree.map(lambda x: x.reshape(-1)[:n], states)
         value, residual = reduction.finish(inner)
         if not self._tracks_highest:
-            highest = jnp.maximum(inner[0] / scale, MASKED)
+            highest = jnp.where(inner[0] > MASKED / 2, (inner[0] - bias) / scale, MASKED)
         return value, highest if rows.offset is None else highest + rows.offset, residual
 
     def _backward(

@@ -67,7 +67,7 @@ def infonce(
       false_negatives: leaves out negatives that are too similar: 'absolute' more than margin above the positive,
         'relative' more than margin · |positive| above it, 'teacher' more than margin above in a teacher's vectors,
         'keep' none. Of several positives the most similar counts.
-      false_negative_margin: that margin, in similarity.
+      false_negative_margin: that margin, in similarity; below 0 it leaves out what is a little less similar too.
       false_negative_blocks: the blocks that it holds for.
       margin: taken off the positive's similarity.
       hardness: negatives weigh exp(hardness · similarity), a weight without gradient.
@@ -86,18 +86,17 @@ def infonce(
     # Scores are measured from a positive's similarity: the loss is the same, and its gradient by the scale is a sum of
     # small numbers instead of the difference of two large ones.
     level = jax.lax.stop_gradient(jnp.where(found, similarity, 0))
-    levels = {"q": jnp.where(found, level, -1).max(1, keepdims=True), "d": level}
+    levels = {"q": level[:, :1], "d": level}
 
     def log_sum(block: str) -> tuple[jax.Array, jax.Array]:
         """Returns log(Z / exp(s_p)) of a block's negatives, [N, P], and the highest similarity of its rows."""
         row_kind, column_kind = block
-        rows, columns = sides.rows(e, row_kind), sides.columns(e, column_kind, row_kind)
-        ceiling = None
-        if false_negatives != "keep" and block in false_negative_blocks:
-            ceiling = _ceiling(e, row_kind, false_negatives, false_negative_margin)
-        if ceiling is None or false_negatives != "teacher":
-            rows, columns = (dataclasses.replace(side, guide=None) for side in (rows, columns))
+        leaves_out = false_negatives != "keep" and block in false_negative_blocks
+        guided = leaves_out and false_negatives == "teacher"
+        ceiling = _ceiling(e, row_kind, false_negatives, false_negative_margin) if leaves_out else None
+        rows = sides.rows(e, row_kind, guided)
         rows = dataclasses.replace(rows, ceiling=ceiling, offset=levels[row_kind].reshape(-1))
+        columns = sides.columns(e, column_kind, row_kind, guided)
         rule = Rule(block == "qd", hard_negatives == "all", same_kind=row_kind == column_kind)
         scoring = Scoring(rule, LogSumExp(), hardness if block == "qd" or hardness_of != "own" else 0.0, hardness_of)
         value, highest = reduce_scores(rows, columns, scoring, method, scale)

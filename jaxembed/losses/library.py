@@ -45,8 +45,8 @@ def describe(
     """Says of vectors what they are to each other.
 
     Args:
-      queries_NxE: float32, unit vectors where similarities are to be cosines.
-      documents_NxDxE: float32, of each query its positives, then its hard negatives.
+      queries_NxE: unit vectors where similarities are to be cosines; all vectors are taken as float32.
+      documents_NxDxE: of each query its positives, then its hard negatives.
       positives: how many of the D documents are positives.
       present: bool [N, D], which documents are there; all by default. What lies in the other places does not matter.
       weights: float32 [N], how much each query's loss counts; 1 by default, 0 for a slot without a query.
@@ -64,8 +64,10 @@ def describe(
     n, d = documents_NxDxE.shape[:2]
     present = jnp.ones((n, d), bool) if present is None else present
     weights = jnp.ones(n) if weights is None else weights
-    query_ids = jnp.arange(n) if query_ids is None else query_ids
-    document_ids = n + jnp.arange(n * d).reshape(n, d) if document_ids is None else document_ids
+    if query_ids is None:  # numbers that no document has
+        query_ids = jnp.arange(n) + (0 if document_ids is None else 1 + jnp.max(document_ids))
+    if document_ids is None:
+        document_ids = 1 + jnp.max(query_ids) + jnp.arange(n * d).reshape(n, d)
     groups = jnp.full(n, NO_GROUP) if groups is None else jnp.where(groups < 0, NO_GROUP, groups)
     sources = jnp.zeros(n, int) if sources is None else sources
     scope = sources if in_batch else jnp.full(n, SCOPE_OWN)
@@ -104,9 +106,25 @@ def describe(
         pool=of_documents(sources),
         scope=of_documents(scope),
     )
-    taught = (teacher_queries, teacher_documents)
+
+    def clean(vectors: jax.Array | None, there: jax.Array) -> jax.Array | None:
+        """Whatever lies in empty places, even NaN, must not reach a sum, nor its gradient."""
+        if vectors is None:
+            return None
+        return jnp.where(there[..., None], jnp.asarray(vectors, jnp.float32), 0)
+
+    counted, there = weights > 0, present & (weights > 0)[:, None]
     return Embedded(
-        queries_NxE, documents_NxDxE, queries, documents, negative_queries, *taught, seed, positives, tuple(axes)
+        queries=clean(queries_NxE, counted),
+        documents=clean(documents_NxDxE, there),
+        query_texts=queries,
+        document_texts=documents,
+        negative_queries=clean(negative_queries, there[:, positives:]),
+        teacher_queries=clean(teacher_queries, counted),
+        teacher_documents=clean(teacher_documents, there),
+        seed=seed,
+        positives=positives,
+        axes=tuple(axes),
     )
 
 

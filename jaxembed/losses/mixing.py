@@ -35,7 +35,12 @@ def mixed_negatives(e: Embedded, count: int) -> tuple[jax.Array, jax.Array]:
 
     Returns:
       float32 [N, count, E], and bool [N, count]: which are there. Queries with fewer than two hard negatives have none.
+
+    Raises:
+      ValueError: there is no seed.
     """
+    if e.seed is None:
+        raise ValueError("mixed negatives are drawn: the texts need a seed, new for every step")
     present_NxK = e.is_negative[:, e.positives :]
     negatives_NxKxE = jnp.where(present_NxK[..., None], e.documents[:, e.positives :], 0)
     similarities_NxK = jax.lax.stop_gradient(e.scores[:, e.positives :])

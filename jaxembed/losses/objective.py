@@ -13,9 +13,7 @@ from jaxembed.losses.contrastive import Method, Scoring, reduce_scores
 from jaxembed.losses.embedded import Embedded, spread, weighted_mean
 from jaxembed.losses.negatives import Rule
 from jaxembed.losses.reductions import Divergence
-from jaxembed.losses.table import LOSSES
-
-MIN_TEMPERATURE = 0.01  # a learned temperature stays above it: scale at most 100, as in CLIP (arXiv:2103.00020)
+from jaxembed.losses.table import LOSSES, MIN_TEMPERATURE
 
 LossParams = dict[str, dict[str, jax.Array]]  # by the loss's label
 
@@ -140,7 +138,7 @@ def _term(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Computes one loss over the pairs of its sources."""
     source = embedded.query_texts.source
-    serves = jnp.isin(source, jnp.array(term.sources, jnp.int32)) if term.sources else jnp.zeros(source.shape, bool)
+    serves = jnp.isin(source, jnp.array(term.sources, jnp.int32))
     texts = dataclasses.replace(embedded.query_texts, weight=jnp.where(serves, embedded.weights, 0))
     embedded = dataclasses.replace(embedded, query_texts=texts)
     entry = LOSSES[term.config.name]
@@ -160,7 +158,9 @@ def _term(
 def _temperature(term: Term, params: Mapping[str, jax.Array]) -> jax.Array:
     if not term.config.learn_temperature:
         return jnp.float32(term.config.temperature)
-    return jnp.maximum(jnp.exp(params["log_temperature"]), MIN_TEMPERATURE)
+    learned = jnp.exp(params["log_temperature"])
+    # The gradient passes the bound, so that a temperature which met it can rise again.
+    return learned + jax.lax.stop_gradient(jnp.maximum(learned, MIN_TEMPERATURE) - learned)
 
 
 def _named(terms: Sequence[Term], values: Sequence[tuple[jax.Array, dict[str, jax.Array]]]) -> dict[str, jax.Array]:
@@ -192,14 +192,14 @@ def _divergence(terms: Sequence[Term], params: LossParams, small: Embedded, full
     """Returns the mean over queries of KL(full || small), of the distributions over the documents in a query's scope.
 
     As in Starbucks' training for retrieval (Zhuang et al. 2024, arXiv:2410.13230); the full size gets no gradient.
-    The temperature is that of the first loss that has one.
+    Temperature and scope are those of the first loss that has a temperature.
     """
-    term = next((term for term in terms if "temperature" in LOSSES[term.config.name].takes), terms[0])
+    term = next(term for term in terms if "temperature" in LOSSES[term.config.name].takes)
     scale = 1 / jax.lax.stop_gradient(_temperature(term, params.get(term.label, {})))
-    scoring = Scoring(Rule(own_hard=True, own_positives=True), Divergence())
     c = term.config
-    guided = dataclasses.replace(small, teacher_queries=full.queries, teacher_documents=full.documents)
-    rows, columns = sides.rows(guided, "q"), sides.columns(guided, "d", "q")
+    scoring = Scoring(Rule(own_hard=True, others_hard=c.hard_negatives == "all", own_positives=True), Divergence())
+    taught = dataclasses.replace(small, teacher_queries=full.queries, teacher_documents=full.documents)
+    rows, columns = sides.rows(taught, "q", guided=True), sides.columns(taught, "d", "q", guided=True)
     method = Method(small.axes, c.exchange, c.precision, c.tile)
     value, _ = reduce_scores(rows, columns, scoring, method, scale, guide_scale=scale)
     return weighted_mean(value, small.weights)

@@ -40,8 +40,8 @@ def angle(e: Embedded, *, temperature: jax.Array | float) -> tuple[jax.Array, di
 
     The two halves of a vector are the real and imaginary parts of a complex one; with lengths divided out, s is the
     absolute value of the sum of both parts of Σ x · conj(y), whose derivative does not vanish where the cosine's does.
-    AnglELoss of sentence-transformers. The paper trains it in a weighted sum with `cosent` and in-batch negatives
-    (`infonce`): write these into `config.losses`.
+    AnglELoss of sentence-transformers. The paper trains it in a weighted sum with `cosent` and in-batch negatives:
+    write these into `config.losses`, and give `infonce` a source of its own, of pairs that match; it takes no grades.
 
     Data, arguments and result: as of `cosent`. A vector of odd width counts as one longer, with a zero.
     """

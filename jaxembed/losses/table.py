@@ -4,8 +4,9 @@ import dataclasses
 import importlib
 from collections.abc import Callable
 
-SCORES, COSINES = "scores", "scores from -1 to 1"
+SCORES, COSINES, MATCHES = "scores", "scores from -1 to 1", "positives that match"
 NEGATIVES, NEGATIVE_QUERIES, TEACHER = "hard negatives", "negative_query", "a teacher"
+MIN_TEMPERATURE = 0.01  # a learned temperature stays above it: scale at most 100, as in CLIP (arXiv:2103.00020)
 ENGINE = ("exchange", "precision", "tile")  # fields of all losses that compare every text with every other
 
 
@@ -17,8 +18,8 @@ class Entry:
       where: 'module:function' in `jaxembed.losses`. The function is called with an `Embedded` and the fields of
         `takes` as keyword arguments, and returns (loss, metrics).
       takes: fields of `LossConfig`; `temperature` and `bias` come as arrays, learned or not.
-      needs: what every record of its sources must have (SCORES, COSINES, NEGATIVES, NEGATIVE_QUERIES), or
-        the run (TEACHER).
+      needs: what every record of its sources must have (SCORES, COSINES, MATCHES, NEGATIVES,
+        NEGATIVE_QUERIES), or the run (TEACHER).
       learns: parameters of its own that it always trains: 'bias', 'projection'.
     """
 
@@ -37,9 +38,13 @@ _NEGATIVES = ("false_negatives", "false_negative_margin", "false_negative_blocks
 _INFONCE = ("temperature", "blocks", "partition", "margin", "hardness", "hardness_of", "focal", "mixed_negatives")
 
 LOSSES: dict[str, Entry] = {
-    "infonce": Entry("infonce:infonce", (*_INFONCE, *_NEGATIVES, *ENGINE)),
-    "clp": Entry("penalty:clp", ("temperature", "penalty", "hard_negatives", *ENGINE), needs=(NEGATIVE_QUERIES,)),
-    "sigmoid": Entry("sigmoid:sigmoid", ("temperature", "bias", "hard_negatives", *ENGINE), learns=("bias",)),
+    "infonce": Entry("infonce:infonce", (*_INFONCE, *_NEGATIVES, *ENGINE), needs=(MATCHES,)),
+    "clp": Entry(
+        "penalty:clp", ("temperature", "penalty", "hard_negatives", *ENGINE), needs=(MATCHES, NEGATIVE_QUERIES)
+    ),
+    "sigmoid": Entry(
+        "sigmoid:sigmoid", ("temperature", "bias", "hard_negatives", *ENGINE), needs=(MATCHES,), learns=("bias",)
+    ),
     "triplet": Entry("triplet:triplet", ("margin", "distance"), needs=(NEGATIVES,)),
     "cosent": Entry("ranking:cosent", ("temperature",), needs=(SCORES,)),
     "angle": Entry("ranking:angle", ("temperature",), needs=(SCORES,)),

@@ -27,6 +27,11 @@ def config(loss, *losses, first_trains=()):
         ("infonce", (PAIRS, PAIRS), None),
         ("cosent", (SCORED, PAIRS), r"train\[1\]: .* no 'scores' for every document, which the loss 'cosent' needs"),
         ("cosent", (SCORED, SCORED), None),
+        (
+            "infonce",
+            (SCORED, GRADED),
+            r"train\[1\]: .* are graded pairs .* and no matches, which the loss 'infonce' needs",
+        ),
         ("cosine", (SCORED, SCORED), None),
         ("cosine", (SCORED, GRADED), r"train\[1\]: .* have 'scores' beyond -1 … 1, which the loss 'cosine' needs"),
         ("cosent", (SCORED, GRADED), None),
@@ -52,6 +57,18 @@ def test_kl_needs_scores_or_a_teacher():
     check_needs(taught, (NEGATIVES, NEGATIVES))
     with pytest.raises(UserError, match=r"train\[1\]: .* no 'negative', which the loss 'kl' needs"):
         check_needs(taught, (NEGATIVES, PAIRS))
+
+
+@pytest.mark.parametrize(("field", "least"), [("mixed_negatives", 2), ("hardness", 1)])
+def test_what_is_about_hard_negatives_needs_some(field, least):
+    several = FakeCache([FakeRecord(1, (2,), (3, 4))])
+    asked = dataclasses.replace(config("infonce"), loss=LossConfig(**{field: 3}))
+    check_needs(asked, (PAIRS, several))
+    for caches in ((PAIRS, PAIRS), (PAIRS, NEGATIVES))[:least]:
+        with pytest.raises(
+            UserError, match=f"the loss 'infonce' has {field} = 3, which is about a pair's hard negatives"
+        ):
+            check_needs(asked, caches)
 
 
 def test_only_the_losses_that_a_source_trains_count():

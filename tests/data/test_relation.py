@@ -100,7 +100,7 @@ def test_sources_that_keep_to_their_device_have_a_pool_for_each_part():
     sources = [
         SourceConfig(path="a", cross_device=False),
         SourceConfig(path="b"),
-        SourceConfig(path="c", cross_device=False, negatives_from="all"),
+        SourceConfig(path="c", negatives_from="all"),
     ]
     plan = Plan([random_cache(20, i) for i in range(3)], sources, batch_size=24, positives=2, negatives=1, seed=0)
     step = plan.step(5)
@@ -109,7 +109,7 @@ def test_sources_that_keep_to_their_device_have_a_pool_for_each_part():
     for a in range(24):
         for b in range(24):
             source, other = step.source_B[a], step.source_B[b]
-            same = source == other and (source == 1 or part[a] == part[b])
+            same = source == other and (source > 0 or part[a] == part[b])
             assert (queries.pool[a] == queries.pool[b]) == same
         assert queries.scope[a] == (SCOPE_ALL if step.source_B[a] == 2 else queries.pool[a])
     np.testing.assert_array_equal(documents.pool, np.repeat(queries.pool[:, None], 3, axis=1))

@@ -136,6 +136,17 @@ def define_sigmoid(e: Embedded, temperature, bias, hard_negatives="all", **how: 
 
 ALL = ("qd", "dq", "qq", "dd")
 SETTINGS = {
+    "everything": {
+        "blocks": ALL,
+        "partition": "separate",
+        "margin": 0.2,
+        "focal": 0.5,
+        "hard_negatives": "own",
+        "hardness": 3.0,
+        "hardness_of": "all",
+        "false_negatives": "relative",
+        "false_negative_margin": 0.1,
+    },
     "plain": {},
     "symmetric": {"blocks": ("qd", "dq"), "partition": "separate"},
     "GTE": {"blocks": ALL},
@@ -189,7 +200,7 @@ def test_every_setting_means_something():
 
 
 @pytest.mark.parametrize("how", [name for name in HOW if name != "data 8, ring"])
-@pytest.mark.parametrize("name", ["GTE", "GISTEmbed"])
+@pytest.mark.parametrize("name", ["GTE", "GISTEmbed", "everything"])
 def test_devices_exchanges_and_tiles_change_nothing(name, how):
     mesh, exchange, tile = HOW[how]
     assert_same(

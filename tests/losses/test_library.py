@@ -96,6 +96,32 @@ def test_queries_of_weight_0_and_sources():
         assert compute(name, both, **options)[0] == pytest.approx(float(compute(name, one, **options)[0]), rel=1e-6)
 
 
+def test_what_lies_in_empty_places_does_not_matter():
+    """Not even NaN, in value or gradient; nor bfloat16, which is taken as float32."""
+    weights = jnp.where(jnp.arange(N) == 3, 0.0, 1.0)
+
+    def value(q, d):
+        return compute("infonce", describe(q, d, present=PRESENT, weights=weights))[0]
+
+    there = PRESENT & (np.arange(N) != 3)[:, None]
+    broken = (QUERIES.copy(), np.where(there[..., None], DOCUMENTS, np.nan))
+    broken[0][3] = np.inf
+    gradients = [jax.grad(value, argnums=(0, 1))(*vectors) for vectors in ((QUERIES, DOCUMENTS), broken)]
+    jax.tree.map(np.testing.assert_array_equal, *gradients)
+    assert value(*(jnp.asarray(x, jnp.bfloat16) for x in (QUERIES, DOCUMENTS))).dtype == jnp.float32
+
+
+def test_numbers_given_to_one_side_are_no_numbers_of_the_other():
+    want = float(compute("infonce", describe(QUERIES, DOCUMENTS))[0])
+    for ids in ({"document_ids": jnp.arange(N * D).reshape(N, D)}, {"query_ids": N + jnp.arange(N)}):
+        assert float(compute("infonce", describe(QUERIES, DOCUMENTS, **ids))[0]) == pytest.approx(want, rel=1e-6)
+
+
+def test_mixing_needs_a_seed():
+    with pytest.raises(ValueError, match="need a seed"):
+        compute("infonce", describe(QUERIES, DOCUMENTS), mixed_negatives=2)
+
+
 def test_own_negatives_alone():
     texts = describe(QUERIES, DOCUMENTS, in_batch=False)
     scores = np.einsum("ne,nde->nd", np.float64(QUERIES), np.float64(DOCUMENTS)) / 0.05

@@ -196,6 +196,8 @@ def test_a_learned_temperature_stays_above_its_bound(case):
     config = make_config((dataclasses.replace(INFONCE, learn_temperature=True),))
     low = {"infonce": {"log_temperature": jnp.float32(math.log(1e-4))}}
     assert run(config, case, params=low)[1]["temperature"] == pytest.approx(0.01)
+    slope = jax.grad(lambda params: objective(config, params, [case])[0])(low)
+    assert slope["infonce"]["log_temperature"] != 0  # it can rise again
 
 
 def test_the_definition_of_infonce_at_a_width(case):
