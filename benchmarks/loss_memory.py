@@ -19,19 +19,15 @@ from rich.table import Table
 
 from jaxembed import sharding
 from jaxembed.config import MeshConfig
-from jaxembed.losses.embedded import spread
-from jaxembed.losses.infonce import infonce
-from jaxembed.losses.library import describe
+from jaxembed.losses.library import compute, describe
 
 WIDTH = flags.DEFINE_integer("width", 1024, "E, of the vectors.")
 BATCHES = [2**k for k in range(10, 19)]
-PLAIN_UP_TO = 2**18
 
 
 def tiled(queries_NxE: jax.Array, documents_NxE: jax.Array, temperature: jax.Array) -> jax.Array:
     """The loss of this package."""
-    embedded = describe(queries_NxE, documents_NxE[:, None])
-    return infonce(spread(embedded), temperature=temperature)[0]
+    return compute("infonce", describe(queries_NxE, documents_NxE[:, None]), temperature=temperature)[0]
 
 
 def plain(queries_NxE: jax.Array, documents_NxE: jax.Array, temperature: jax.Array) -> jax.Array:

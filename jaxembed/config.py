@@ -69,6 +69,10 @@ class SourceConfig:
     negatives_from: str = "source"  # in-batch negatives come from the same 'source' or from 'all'
     licence: str = ""  # of the texts, for the model card; '' = what the data set says of itself, else unknown
 
+    def trains(self, loss: "LossConfig") -> bool:
+        """Whether the source's records train a loss."""
+        return not self.losses or loss.title in self.losses
+
 
 @dataclasses.dataclass(frozen=True)
 class MaxLength:

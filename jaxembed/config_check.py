@@ -89,7 +89,7 @@ def _data(c: Config) -> None:
             f"{where}.cross_device = False keeps negatives to one device's part of the source: "
             f"it does not go with {where}.negatives_from = 'all'",
         )
-        trains = [loss.name for loss in c.all_losses if not source.losses or loss.title in source.losses]
+        trains = [loss.name for loss in c.all_losses if source.trains(loss)]
         require(
             source.format != "texts"
             or c.model.dropout > 0

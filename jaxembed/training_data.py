@@ -16,7 +16,7 @@ from jaxembed.data.loader import BatchBuilder, TeacherTexts
 from jaxembed.data.plan import Plan
 from jaxembed.data.rungs import choose_row_length
 from jaxembed.errors import UserError
-from jaxembed.losses.table import COSINES, LOSSES, MATCHES, NEGATIVE_QUERIES, NEGATIVES, SCORES
+from jaxembed.losses.table import COSINES, LOSSES, MATCHES, NEGATIVE_QUERIES, NEGATIVES, SCORES, SCORES_OR_TEACHER
 from jaxembed.model_source import Blueprint
 from jaxembed.models.layers.attention import KERNEL_BLOCK
 
@@ -159,7 +159,7 @@ def check_needs(config: Config, caches: Sequence[TokenCache]) -> None:
     """
     for loss in config.all_losses:
         needs = LOSSES[loss.name].needs
-        served = [i for i, source in enumerate(config.data.train) if not source.losses or loss.title in source.losses]
+        served = [i for i, source in enumerate(config.data.train) if source.trains(loss)]
         hard = max(caches[i].max_negatives for i in served)
         for field, least in (("mixed_negatives", 2), ("hardness", 1 if loss.hardness_of == "own" else 0)):
             if getattr(loss, field) and hard < least:
@@ -167,12 +167,15 @@ def check_needs(config: Config, caches: Sequence[TokenCache]) -> None:
                     f"the loss {loss.title!r} has {field} = {getattr(loss, field):g}, which is about a pair's hard "
                     f"negatives, but its records have {'one' if hard else 'none'}: set it to 0, or add 'negative'"
                 )
-        if loss.name == "kl" and not config.teacher.init:
-            needs += (SCORES,)
         for i, cache in ((i, caches[i]) for i in served):
             for need, lacking, there in (
                 (MATCHES, "are graded pairs (for cosent, angle or cosine) and no matches", _are_matches),
                 (SCORES, "have no 'scores' for every document", lambda c: c.scored),
+                (
+                    SCORES_OR_TEACHER,
+                    "have no 'scores' for every document",
+                    lambda c: c.scored or bool(config.teacher.init),
+                ),
                 (COSINES, "have 'scores' beyond -1 … 1", _scores_are_cosines),
                 (NEGATIVES, "have no 'negative'", lambda c: c.max_negatives > 0),
                 (NEGATIVE_QUERIES, "have no 'negative_query'", lambda c: c.negative_queries),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from jaxembed.config import MODEL_KINDS, Config, LossConfig, TeacherConfig, nearest
 from jaxembed.errors import require
-from jaxembed.losses.table import LOSSES, MIN_TEMPERATURE, NEGATIVE_QUERIES, NEGATIVES, TEACHER
+from jaxembed.losses.table import LOSSES, MIN_TEMPERATURE, NEGATIVE_QUERIES, NEGATIVES, SCORES_OR_TEACHER, TEACHER
 
 SIZE = re.compile(r"full|layers\d+|(layers\d+_)?dim\d+")  # names of `jaxembed.losses.objective.Size`
 IDLE = (  # fields that do nothing while another is off
@@ -37,7 +37,7 @@ def check_losses(c: Config) -> None:
         label = loss.title
         require(labels.count(label) == 1, f"{where}: there are two losses {label!r}: give each a label of its own")
         require(
-            any(not source.losses or label in source.losses for source in c.data.train),
+            any(source.trains(loss) for source in c.data.train),
             f"{where}: no source trains the loss {label!r}: name it in config.data.train[].losses",
         )
     require(sum(loss.weight for _, loss in losses) > 0, "config.losses: all weights are 0")
@@ -62,7 +62,7 @@ def check_teacher(teacher: TeacherConfig, losses: Sequence[LossConfig]) -> None:
 
 
 def _can_use_teacher(loss: LossConfig) -> bool:
-    return TEACHER in LOSSES[loss.name].needs or loss.name == "kl" or loss.false_negatives == "teacher"
+    return bool({TEACHER, SCORES_OR_TEACHER} & {*LOSSES[loss.name].needs}) or loss.false_negatives == "teacher"
 
 
 def _one_loss(c: Config, loss: LossConfig, where: str) -> None:
@@ -78,8 +78,6 @@ def _one_loss(c: Config, loss: LossConfig, where: str) -> None:
             field.name in takes or value == getattr(plain, field.name),
             f"{where}.{field.name} = {value!r}: {name} takes none; it takes {', '.join(entry.takes) or 'nothing'}",
         )
-    for field in dataclasses.fields(loss):
-        value = getattr(loss, field.name)
         require(not isinstance(value, float) or math.isfinite(value), f"{where}.{field.name} = {value}: must be finite")
     for field, switch, off in IDLE:
         require(

@@ -86,6 +86,18 @@ def weighted_mean(values_N: jax.Array, weights_N: jax.Array) -> jax.Array:
     return (values_N * weights_N).sum() / jnp.where(total > 0, total, 1)
 
 
+def accuracy(e: Embedded, highest_N: jax.Array) -> jax.Array:
+    """Returns the share of queries whose worst positive is more similar than every negative.
+
+    Args:
+      e: the step's texts.
+      highest_N: float32, the highest similarity among a query's negatives.
+    """
+    found = e.is_positive[:, : e.positives]
+    worst_N = jnp.where(found, e.scores[:, : e.positives], jnp.inf).min(1)
+    return weighted_mean((worst_N > highest_N).astype(jnp.float32), e.weights)
+
+
 def spread(embedded: Embedded) -> Embedded:
     """Spreads the texts over all mesh axes that divide them, so that tensor and sequence do not repeat the work.
 

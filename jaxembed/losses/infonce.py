@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from jaxembed.losses import sides
 from jaxembed.losses.contrastive import Method, Scoring, reduce_scores
-from jaxembed.losses.embedded import Embedded, own_scores, weighted_mean
+from jaxembed.losses.embedded import Embedded, accuracy, own_scores, weighted_mean
 from jaxembed.losses.mixing import mixed_negatives as mix
 from jaxembed.losses.negatives import Rule
 from jaxembed.losses.reductions import MASKED, LogSumExp
@@ -112,10 +112,7 @@ def infonce(
     costs = [functools.reduce(jnp.logaddexp, group, own) - own for group in groups]
     terms = sum(_focal(cost, focal) for cost in costs) / len(costs)
     loss = weighted_mean(jnp.where(found, terms, 0).sum(1) / jnp.maximum(found.sum(1), 1), e.weights)
-    metrics = {}
-    if "qd" in sums:
-        worst = jnp.where(found, similarity, jnp.inf).min(1)
-        metrics["accuracy"] = weighted_mean((worst > sums["qd"][1]).astype(jnp.float32), e.weights)
+    metrics = {"accuracy": accuracy(e, sums["qd"][1])} if "qd" in sums else {}
     return loss, jax.lax.stop_gradient(metrics)
 
 

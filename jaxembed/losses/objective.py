@@ -11,6 +11,7 @@ from jaxembed.config import Config, LossConfig, MatryoshkaConfig
 from jaxembed.losses import sides
 from jaxembed.losses.contrastive import Method, Scoring, reduce_scores
 from jaxembed.losses.embedded import Embedded, spread, weighted_mean
+from jaxembed.losses.geometry import unit
 from jaxembed.losses.negatives import Rule
 from jaxembed.losses.reductions import Divergence
 from jaxembed.losses.table import LOSSES, MIN_TEMPERATURE
@@ -55,9 +56,9 @@ class Size:
 
 def terms_of(config: Config) -> tuple[Term, ...]:
     """Returns the losses of a run."""
-    served = [source.losses for source in config.data.train]
+    sources = config.data.train
     return tuple(
-        Term(loss, loss.title, tuple(i for i, titles in enumerate(served) if not titles or loss.title in titles))
+        Term(loss, loss.title, tuple(i for i, source in enumerate(sources) if source.trains(loss)))
         for loss in config.all_losses
     )
 
@@ -181,8 +182,7 @@ def _resized(embedded: Embedded, width: int, normalize: bool) -> Embedded:
     def cut(x: jax.Array | None) -> jax.Array | None:
         if x is None:
             return None
-        x = x[..., :width]
-        return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24)) if normalize else x
+        return unit(x[..., :width]) if normalize else x[..., :width]
 
     names = ("queries", "documents", "negative_queries")
     return dataclasses.replace(embedded, **{name: cut(getattr(embedded, name)) for name in names})

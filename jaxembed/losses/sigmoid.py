@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from jaxembed.losses import sides
 from jaxembed.losses.contrastive import Method, Scoring, reduce_scores
-from jaxembed.losses.embedded import Embedded, weighted_mean
+from jaxembed.losses.embedded import Embedded, accuracy, weighted_mean
 from jaxembed.losses.negatives import Rule
 from jaxembed.losses.reductions import SoftplusSum
 
@@ -44,9 +44,5 @@ def sigmoid(
     against, highest = reduce_scores(sides.rows(e, "q"), sides.columns(e, "d", "q"), scoring, method, scale, bias)
     found, similarity = e.is_positive[:, : e.positives], e.scores[:, : e.positives]
     positive = jnp.where(found, jax.nn.softplus(-(scale * similarity + bias)), 0).sum(1)
-    worst = jnp.where(found, similarity, jnp.inf).min(1)
-    metrics = {
-        "accuracy": weighted_mean((worst > highest).astype(jnp.float32), e.weights),
-        "bias": jnp.asarray(bias, jnp.float32),
-    }
+    metrics = {"accuracy": accuracy(e, highest), "bias": jnp.asarray(bias, jnp.float32)}
     return weighted_mean(positive + against, e.weights), jax.lax.stop_gradient(metrics)

@@ -5,7 +5,8 @@ import importlib
 from collections.abc import Callable
 
 SCORES, COSINES, MATCHES = "scores", "scores from -1 to 1", "positives that match"
-NEGATIVES, NEGATIVE_QUERIES, TEACHER = "hard negatives", "negative_query", "a teacher"
+NEGATIVES, NEGATIVE_QUERIES = "hard negatives", "negative_query"
+TEACHER, SCORES_OR_TEACHER = "a teacher", "scores, or a teacher"
 MIN_TEMPERATURE = 0.01  # a learned temperature stays above it: scale at most 100, as in CLIP (arXiv:2103.00020)
 ENGINE = ("exchange", "precision", "tile")  # fields of all losses that compare every text with every other
 
@@ -19,7 +20,7 @@ class Entry:
         `takes` as keyword arguments, and returns (loss, metrics).
       takes: fields of `LossConfig`; `temperature` and `bias` come as arrays, learned or not.
       needs: what every record of its sources must have (SCORES, COSINES, MATCHES, NEGATIVES,
-        NEGATIVE_QUERIES), or the run (TEACHER).
+        NEGATIVE_QUERIES), or the run (TEACHER), or one of both (SCORES_OR_TEACHER).
       learns: parameters of its own that it always trains: 'bias', 'projection'.
     """
 
@@ -50,7 +51,7 @@ LOSSES: dict[str, Entry] = {
     "angle": Entry("ranking:angle", ("temperature",), needs=(SCORES,)),
     "cosine": Entry("regression:cosine", needs=(SCORES, COSINES)),
     "margin_mse": Entry("distillation:margin_mse", needs=(SCORES, NEGATIVES)),
-    "kl": Entry("distillation:kl", ("temperature", "teacher_temperature"), needs=(NEGATIVES,)),
+    "kl": Entry("distillation:kl", ("temperature", "teacher_temperature"), needs=(NEGATIVES, SCORES_OR_TEACHER)),
     "match": Entry("distillation:match", ("similarity_weight",), needs=(TEACHER,), learns=("projection",)),
     "spread_out": Entry("spread_out:spread_out"),
 }
