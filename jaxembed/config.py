@@ -20,14 +20,32 @@ MODEL_KINDS = ("hf:", "run:")  # what a model's place begins with
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters: the checkpoint's weights stay as they are, small matrices beside some of them are trained."""
+
+    rank: int = 0  # width of the adapters; 0 = off, all weights are trained
+    alpha: float = 16.0  # adapters' outputs are scaled by alpha / rank
+    targets: str = r"layers\..*"  # regex of the checkpoint's linear layers, by their names there (q_proj, up_proj …)
+    dropout: float = 0.0  # of the adapters' inputs
+    rslora: bool = False  # scale by alpha / √rank instead
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The encoder: where its weights come from, and how token states become one vector."""
 
     init: str = "scratch"  # 'hf:FOLDER' | 'hf:ORG/NAME@REVISION' | 'run:DIR[@STEP|@best]' | 'scratch'
-    arch: str = AUTO  # backbone family (bert, roberta, xlm-roberta); 'auto' = the checkpoint's own
+    arch: str = AUTO  # the architecture (bert, llama, qwen3, modernbert …); 'auto' = the checkpoint's own
     shape: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # for scratch: fields of the Hugging Face config
-    attention: str = "native"  # 'native' = the architecture's own, 'bidirectional' or 'causal'
-    pooling: str = AUTO  # 'mean' | 'cls' | 'last' | 'weighted_mean'; 'auto' = the folder's own, else mean
+    attention: str = "native"  # 'native' = the checkpoint's own | 'causal' | 'bidirectional' | 'prefix' (the prompt)
+    attention_layers: tuple[str, ...] = ()  # the same, one per layer (BeLLM: only the last 'bidirectional'); () = alike
+    rope_scaling: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # for longer texts: rope_type, factor …
+    pooling: str = AUTO  # 'mean' | 'cls' | 'last' | 'weighted_mean' | 'latent'; 'auto' = the folder's own, else mean
+    latents: int = 512  # of pooling 'latent': vectors that tokens attend to
+    latent_heads: int = 8  # … and heads of that attention
+    pool_layers: int = -1  # pool a trained weighted mean of the states of layer N (0 = embeddings) and above; -1 = last
+    template: str = ""  # 'prompt_eol', 'echo' or a text with {text} in it (twice: echo); '' = the text alone
+    lora: LoraConfig = LoraConfig()
     pool_prompt: bool = True  # False leaves the prompt's tokens out of the pooled vector
     normalize: bool = True  # unit-length vectors
     projection: int = 0  # width of a linear layer after pooling; 0 = the folder's own, or none
@@ -224,6 +242,7 @@ class Config:
     stages: tuple[Mapping[str, Any], ...] = ()  # one after the other: what each changes in this config, and its name
     log_to: tuple[str, ...] = ("tensorboard",)  # beside metrics.jsonl: 'tensorboard', 'wandb'
     export: bool = True  # write WORKDIR/export at the end
+    export_dtype: str = "float32"  # of its weights: 'float32' | 'bfloat16'
 
     @property
     def all_losses(self) -> tuple[LossConfig, ...]:
@@ -232,8 +251,9 @@ class Config:
 
 
 CHOICES = {
-    "model.attention": ("native", "bidirectional", "causal"),
-    "model.pooling": (AUTO, "mean", "cls", "last", "weighted_mean"),
+    "model.attention": ("native", "causal", "bidirectional", "prefix"),
+    "model.attention_layers[]": ("native", "causal", "bidirectional", "prefix"),
+    "model.pooling": (AUTO, "mean", "cls", "last", "weighted_mean", "latent"),
     "model.dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
@@ -259,6 +279,7 @@ CHOICES = {
     },
     "matryoshka.pairs": ("all", "zip"),
     "teacher.dtype": ("float32", "bfloat16"),
+    "export_dtype": ("float32", "bfloat16"),
     "log_to[]": ("tensorboard", "wandb"),
     "optimizer.schedule": ("constant", "linear", "cosine"),
 }

@@ -180,7 +180,15 @@ def _model(c: Config) -> None:
             f"config.tokenizer = {c.tokenizer!r}: the weights of {m.init} know the tokens of their own tokenizer only; "
             "leave it 'auto', or set config.model.init = 'scratch'",
         )
-    for name, value in (("dropout", m.dropout), ("attention_dropout", m.attention_dropout)):
+    require(
+        not m.attention_layers or m.attention == "native",
+        f"config.model.attention = {m.attention!r} and config.model.attention_layers: set one of them",
+    )
+    for name, value in (
+        ("dropout", m.dropout),
+        ("attention_dropout", m.attention_dropout),
+        ("lora.dropout", m.lora.dropout),
+    ):
         require(0 <= value < 1, f"config.model.{name} = {value:g}: must be in [0, 1)")
     require(
         m.attention_dropout == 0 or m.attention_kernel != "pallas",

@@ -78,7 +78,7 @@ class Embedder:
         else:
             blueprint, load = model_source.open_folder(resolve(spec))
         for name, value, known in (
-            ("attention", attention, blueprint.architecture.attention),
+            ("attention", attention, blueprint.architecture.modes),
             ("pooling", pooling, (AUTO, *MODES)),
             ("dtype", dtype, ("float32", "bfloat16")),
         ):
@@ -87,7 +87,10 @@ class Embedder:
         if pooling != AUTO:
             run = None  # whose scores are another model's
             blueprint = dataclasses.replace(blueprint, head=dataclasses.replace(blueprint.head, pooling=pooling))
-        factory = blueprint.factory(ModelOptions(attention=attention, dtype=dtype))
+        if attention != "native":
+            hf_config = blueprint.architecture.with_attention(blueprint.hf_config, (attention,))
+            run, blueprint = None, dataclasses.replace(blueprint, hf_config=hf_config)
+        factory = blueprint.factory(ModelOptions(dtype=dtype))
         with jax.set_mesh(mesh):
             return cls(blueprint, factory, load(factory), mesh, run)
 

@@ -101,6 +101,7 @@ def _smaller(embedder: "Embedder", layers: int, dim: int) -> "Embedder":
     import jax
 
     from jaxembed.embedder import Embedder
+    from jaxembed.hf.table import leaves_of
     from jaxembed.models.options import ModelOptions
     from jaxembed.models.text_encoder import flatten, unflatten
 
@@ -110,7 +111,7 @@ def _smaller(embedder: "Embedder", layers: int, dim: int) -> "Embedder":
             raise UserError(f"--{flag}={asked}: the model has {full}; wants 1 … {full}, or 0 for all")
     if not layers and not dim:
         return embedder
-    stacked = {row.ours for row in blueprint.architecture.rows(blueprint.backbone) if row.stacked}
+    stacked = leaves_of(blueprint.architecture.rows(blueprint.backbone), stacked_only=True)
     layers = layers or blueprint.backbone.layers
     blueprint = dataclasses.replace(
         blueprint,

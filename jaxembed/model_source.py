@@ -20,6 +20,7 @@ from jaxembed.data.tokenizer import Tokenizer
 from jaxembed.data.tokenizer_training import train_for
 from jaxembed.errors import UserError
 from jaxembed.hf.architectures import Architecture, architecture
+from jaxembed.hf.attention_modes import portable
 from jaxembed.hf.folder import Folder, read_folder
 from jaxembed.hf.hub import resolve
 from jaxembed.hf.safetensors_io import open_tensors, write_tensors
@@ -233,9 +234,12 @@ def _adapted(blueprint: Blueprint, c: Config) -> Blueprint:
     m, head, arch, longest = c.model, blueprint.head, blueprint.architecture, blueprint.backbone.max_length
     if m.arch not in (AUTO, arch.model_type):
         raise UserError(f"config.model.arch = {m.arch!r}, but {m.init} is a {arch.model_type!r}: leave it 'auto'")
-    if m.attention not in arch.attention:
-        takes = ", ".join(arch.attention)
-        raise UserError(f"config.model.attention = {m.attention!r}: {arch.model_type} takes {takes}")
+    hf_config = arch.with_attention(blueprint.hf_config, m.attention_layers or (m.attention,))
+    if c.export and not portable(hf_config):
+        raise UserError(
+            f"config.model.attention{'_layers' if m.attention_layers else ''}: no folder can say this to other "
+            "programs: set config.export = False; Embedder and jaxembed.evaluate open the run itself"
+        )
     said = [stage.config.data.max_length for stage in stages_of(c)]
     lengths = {side: max(getattr(s, side) or blueprint.max_length for s in said) for side in SIDES}
     for side, length in lengths.items():
@@ -258,6 +262,7 @@ def _adapted(blueprint: Blueprint, c: Config) -> Blueprint:
         raise UserError("config.model.pooling = 'last': the tokenizer ends no text with an end token to pool")
     return dataclasses.replace(
         blueprint,
+        hf_config=hf_config,
         head=head,
         tokenizer=tokenizer,
         max_length=max(lengths.values()),

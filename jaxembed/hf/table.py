@@ -105,11 +105,18 @@ class Row:
       hf: the tensor's name; with '{i}' in it a tensor per layer, stacked on our leaf's axis 0.
       ours: the leaf's path, joined by '/'.
       transform: how a layer's axes are turned.
+      first: the first layer that has the tensor; the leaf of those before is zero, and not used.
     """
 
     hf: str
     ours: str
     transform: Transform = Same()
+    first: int = 0
+
+    @property
+    def parts(self) -> tuple[tuple[str, Transform], ...]:
+        """The leaves in each tensor, with how their axes are turned."""
+        return ((self.ours, self.transform),)
 
     @property
     def stacked(self) -> bool:
@@ -117,12 +124,36 @@ class Row:
         return "{i}" in self.hf
 
     def names(self, layers: int) -> list[str]:
-        """Returns the names of the leaf's tensors."""
-        return [self.hf.format(i=i) for i in range(layers)] if self.stacked else [self.hf]
+        """Returns the names of the tensors, in the order of the layers."""
+        return [self.hf.format(i=i) for i in range(self.first, layers)] if self.stacked else [self.hf]
 
     def layer_shape(self, shape: Shape) -> Shape:
         """Returns the shape of one layer of a leaf of this shape."""
         return shape[1:] if self.stacked else shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Fused(Row):
+    """Several leaves that lie in one tensor, one behind the other on its axis 0: a fused query, key and value.
+
+    Attributes:
+      hf: the tensor's name, as in a Row.
+      ours: the first leaf's path.
+      transform: the first leaf's.
+      others: path and transform of the leaves behind it.
+    """
+
+    others: tuple[tuple[str, Transform], ...] = ()
+
+    @property
+    def parts(self) -> tuple[tuple[str, Transform], ...]:
+        """The leaves in each tensor, with how their axes are turned."""
+        return ((self.ours, self.transform), *self.others)
+
+
+def leaves_of(rows: Sequence[Row], stacked_only: bool = False) -> set[str]:
+    """Returns the paths of the leaves that the rows make; `stacked_only`: of those that hold all layers."""
+    return {ours for row in rows if row.stacked or not stacked_only for ours, _ in row.parts}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,25 +223,45 @@ def import_leaves(
     named, problems = _normalise(tensors, rows, prefixes, renames)
     leaves: dict[str, LazyLeaf] = {}
     for row in rows:
-        if row.ours not in shapes:
-            problems.append(f"the model has no leaf {row.ours} for the tensors {row.hf}")
+        absent = [ours for ours, _ in row.parts if ours not in shapes]
+        problems += [f"the model has no leaf {ours} for the tensors {row.hf}" for ours in absent]
+        if absent:
             continue
-        shape = tuple(shapes[row.ours])
-        if row.stacked and shape[0] != layers:
-            raise ValueError(f"leaf {row.ours} of shape {shape} is not stacked over {layers} layers")
+        if row.stacked and shapes[row.ours][0] != layers:
+            raise ValueError(f"leaf {row.ours} of shape {shapes[row.ours]} is not stacked over {layers} layers")
+        wanted = {ours: t.hf_shape(row.layer_shape(tuple(shapes[ours]))) for ours, t in row.parts}
+        first, *others = wanted.values()
+        whole = (first[0] + sum(shape[0] for shape in others), *first[1:]) if others else first
         found = {name: named.pop(name, None) for name in row.names(layers)}
-        wanted = row.transform.hf_shape(row.layer_shape(shape))
-        faults = [fault for name, tensor in found.items() if (fault := _fault(name, tensor, wanted, row.ours))]
+        faults = [fault for name, tensor in found.items() if (fault := _fault(name, tensor, whole, ", ".join(wanted)))]
         problems += faults
         if not faults:
-            parts = tuple(row.transform.to_ours(tensor, row.layer_shape(shape)) for tensor in found.values())
-            leaves[row.ours] = LazyLeaf(shape, parts[0].dtype, parts, row.stacked)
-    problems += [f"nothing fills {path} {list(shapes[path])}" for path in shapes if path not in {r.ours for r in rows}]
+            leaves |= _cut(row, list(found.values()), wanted, shapes)
+    filled = leaves_of(rows)
+    problems += [f"nothing fills {path} {list(shapes[path])}" for path in shapes if path not in filled]
     for name, tensor in named.items():
         if not any(fnmatch.fnmatchcase(name, pattern) for pattern in ignored):
             problems.append(f"unknown tensor {name} {list(tensor.shape)}")
     if problems:
         raise UserError(f"{where}: the weights do not fit the model: {listing(problems)}")
+    return leaves
+
+
+def _cut(
+    row: Row, tensors: Sequence[np.ndarray], wanted: Mapping[str, Shape], shapes: Mapping[str, Shape]
+) -> dict[str, LazyLeaf]:
+    """Returns the leaves of a row, views of its tensors, each from its own place on axis 0."""
+    leaves, start = {}, 0
+    for ours, transform in row.parts:
+        shape = tuple(shapes[ours])
+        one_layer = row.layer_shape(shape)
+        pieces = tensors
+        if len(row.parts) > 1:
+            pieces = [tensor[start : start + wanted[ours][0]] for tensor in tensors]
+            start += wanted[ours][0]
+        parts = [transform.to_ours(piece, one_layer) for piece in pieces]
+        nothing = np.zeros((0, *one_layer[1:]), tensors[0].dtype)
+        leaves[ours] = LazyLeaf(shape, tensors[0].dtype, (*[nothing] * row.first, *parts), row.stacked)
     return leaves
 
 
@@ -286,19 +337,20 @@ def export_tensors(rows: Sequence[Row], leaves: Mapping[str, Any], layers: int) 
     Raises:
       ValueError: leaves and rows are not the same, or a leaf is not stacked over `layers`. Nothing was yielded then.
     """
-    if {row.ours for row in rows} != set(leaves):
-        odd = sorted({row.ours for row in rows} ^ set(leaves))
+    if leaves_of(rows) != set(leaves):
+        odd = sorted(leaves_of(rows) ^ set(leaves))
         raise ValueError(f"leaves without a row of the table, or rows without a leaf: {', '.join(odd)}")
-    if any(row.stacked and leaves[row.ours].shape[0] != layers for row in rows):
+    if any(leaves[ours].shape[0] != layers for ours in leaves_of(rows, stacked_only=True)):
         raise ValueError(f"stacked leaves do not hold {layers} layers")
     return _export(rows, leaves, layers)
 
 
 def _export(rows: Sequence[Row], leaves: Mapping[str, Any], layers: int) -> Iterator[tuple[str, np.ndarray]]:
     for row in rows:
-        leaf = _to_host(leaves[row.ours])
-        for name, array in zip(row.names(layers), leaf if row.stacked else [leaf]):
-            yield name, row.transform.to_hf(array)
+        wholes = [(_to_host(leaves[ours]), transform) for ours, transform in row.parts]
+        for i, name in enumerate(row.names(layers), row.first):
+            pieces = [transform.to_hf(leaf[i] if row.stacked else leaf) for leaf, transform in wholes]
+            yield name, pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
 def _to_host(leaf: np.ndarray | jax.Array) -> np.ndarray:

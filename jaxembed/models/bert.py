@@ -14,9 +14,10 @@ from flax import nnx
 from jaxembed import sharding
 from jaxembed.data.batch import Rows
 from jaxembed.models.layers.attention import HEADS, AttentionSpec, attention
-from jaxembed.models.layers.dropout import Noise, dropout
+from jaxembed.models.layers.dropout import Noise, dropout, layer_place
 from jaxembed.models.layers.linear import Embedding, LayerNorm, Linear
-from jaxembed.models.options import REMAT, ModelOptions, TokenStates
+from jaxembed.models.layers.stack import apply_layers
+from jaxembed.models.options import ModelOptions, TokenStates, per_layer
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -25,7 +26,6 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
 }
 MLP = sharding.spec("batch", "sequence", "mlp")
-States = tuple[jax.Array, tuple[jax.Array, ...]]  # of the layer before, and of the chosen layers so far
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class BertConfig:
       activation: a key of ACTIVATIONS.
       position_offset: the table's row of a text's first token: 0 for bert, pad_token_id + 1 for roberta.
       initializer_range: standard deviation of fresh weights.
-      causal: whether the architecture itself is causal.
+      attention: its mode, one for all layers or one for each.
     """
 
     vocab_size: int
@@ -55,7 +55,7 @@ class BertConfig:
     activation: str = "gelu"
     position_offset: int = 0
     initializer_range: float = 0.02
-    causal: bool = False
+    attention: tuple[str, ...] = ("bidirectional",)
 
     @property
     def padded_vocab(self) -> int:
@@ -101,8 +101,11 @@ class Attention(nnx.Module):
     def __call__(
         self, x: jax.Array, rows: Rows, spec: AttentionSpec, noise: Noise | None, place: jax.Array
     ) -> jax.Array:
-        q, k, v = (project(x, HEADS) for project in (self.query, self.key, self.value))
-        return self.out(attention(q, k, v, rows.segment_ids, spec, noise, place), sharding.STATES)
+        q, k, v = (
+            project(x, HEADS, noise, place + 3 + i) for i, project in enumerate((self.query, self.key, self.value))
+        )
+        out = attention(q, k, v, rows.segment_ids, spec, noise, place)
+        return self.out(out, sharding.STATES, noise, place + 6)
 
 
 class Mlp(nnx.Module):
@@ -115,10 +118,10 @@ class Mlp(nnx.Module):
         self.down = Linear(keys[1], hidden, width, config.initializer_range, dtype)
         self.activation = config.activation
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, noise: Noise | None, place: jax.Array) -> jax.Array:
         # Checkpointed: the backward pass computes the activation anew instead of reading its parts from memory.
         activation = jax.checkpoint(ACTIVATIONS[self.activation])
-        return self.down(activation(self.up(x, MLP)), sharding.STATES)
+        return self.down(activation(self.up(x, MLP, noise, place + 7)), sharding.STATES, noise, place + 8)
 
 
 class Layer(nnx.Module):
@@ -134,9 +137,9 @@ class Layer(nnx.Module):
     def __call__(
         self, x: jax.Array, rows: Rows, spec: AttentionSpec, rate: float, noise: Noise | None, index: jax.Array
     ) -> jax.Array:
-        place = 4 * (index.astype(jnp.uint32) + 1)  # three masks a layer, 0 … 3 are the embeddings'
+        place = layer_place(index)
         x = self.attention_norm(x + dropout(self.attention(x, rows, spec, noise, place), rate, noise, place + 1))
-        return self.mlp_norm(x + dropout(self.mlp(x), rate, noise, place + 2))
+        return self.mlp_norm(x + dropout(self.mlp(x, noise, place), rate, noise, place + 2))
 
 
 class Bert(nnx.Module):
@@ -162,31 +165,26 @@ class Bert(nnx.Module):
         Args:
           rows: arrays [R, L]; see `jaxembed.data.batch.Rows`.
           noise: dropout masks; None switches dropout off.
-          chosen: layers whose states are wanted too; 0 is the embeddings' output, i the output of the i-th layer.
+          chosen: layers whose states are wanted too; 0 is the embeddings' output, i the output of the i-th layer. See
+            `finish`.
 
         Returns:
           The last layer's states [R, L, D] in the compute dtype, and the chosen ones [len(chosen), R, L, D].
         """
-        options = self.options
-        spec = AttentionSpec(options.causal(self.config.causal), options.attention_kernel, options.attention_dropout)
+        options, config = self.options, self.config
         x = self.embeddings(rows, jnp.dtype(options.dtype))
         x = dropout(x, options.dropout, noise, jnp.uint32(0))
+        specs = [
+            AttentionSpec(mode, kernel=options.attention_kernel, dropout=options.attention_dropout)
+            for mode in per_layer(config.attention, config.layers)
+        ]
 
-        def apply(x: jax.Array, layer: Layer, index: jax.Array) -> jax.Array:
-            return layer(x, rows, spec, options.dropout, noise, index)
+        def apply(x: jax.Array, layer: Layer, index: jax.Array, kind: AttentionSpec) -> jax.Array:
+            return layer(x, rows, kind, options.dropout, noise, index)
 
-        if options.remat != "none":
-            apply = jax.checkpoint(apply, policy=REMAT[options.remat], prevent_cse=False)
-
-        def body(carry: States, layer_and_index: tuple[Layer, jax.Array]) -> tuple[States, None]:
-            x, kept = carry
-            layer, index = layer_and_index
-            x = apply(x, layer, index)
-            # Kept as they come: as outputs of the scan the states of all layers would be held. The predicates are
-            # scalars, so the backward pass holds nothing large for them.
-            return (x, tuple(jax.lax.select(index + 1 == i, x, y) for i, y in zip(chosen, kept))), None
-
-        layers = self.config.layers
-        unroll = options.layers_per_iteration(layers)
-        (last, kept), _ = jax.lax.scan(body, (x, (x,) * len(chosen)), (self.layers, jnp.arange(layers)), unroll=unroll)
+        last, kept = apply_layers(self.layers, x, specs, apply, options, chosen)
         return TokenStates(last, jnp.stack(kept) if chosen else None)
+
+    def finish(self, hidden_RxLxD: jax.Array) -> jax.Array:
+        """Returns a layer's states as they are where that layer is the last: this family has no closing norm."""
+        return hidden_RxLxD

@@ -15,7 +15,6 @@ REMAT: dict[str, Callable | None] = {
 class ModelOptions:
     """How to compute: the fields of `jaxembed.config.ModelConfig` of the same names."""
 
-    attention: str = "native"
     attention_kernel: str = "auto"
     dtype: str = "float32"
     param_dtype: str = "float32"
@@ -29,9 +28,10 @@ class ModelOptions:
         # On CPU a loop's residuals are copied into and out of its stacks, a sixth of a step's time for MiniLM.
         return self.unroll or (layers if jax.default_backend() == "cpu" else 1)
 
-    def causal(self, native: bool) -> bool:
-        """Whether attention is causal, for an architecture that natively is or is not."""
-        return native if self.attention == "native" else self.attention == "causal"
+
+def per_layer(values: tuple[str, ...], layers: int) -> tuple[str, ...]:
+    """Returns a value for each layer; `values` are one for all, or one for each."""
+    return values * layers if len(values) == 1 else values
 
 
 @jax.tree_util.register_dataclass
@@ -41,7 +41,9 @@ class TokenStates:
 
     Attributes:
       last: the last layer's states [R, L, D], in the compute dtype.
-      chosen: the states of the layers asked for [n, R, L, D], or None.
+      chosen: the states of the layers asked for [n, R, L, D], or None: as the next layer reads them, but for the last
+        layer's, which are `last`. A backbone's `finish` makes of an earlier layer's what they would be if it were the
+        last.
     """
 
     last: jax.Array

@@ -91,7 +91,11 @@ class TextEncoder(nnx.Module):
           float32 [1 + len(layers), S, slots, E]: the whole model's vectors, then each depth's.
         """
         states = self.backbone(rows, noise, layers)
-        chosen = states.chosen if layers else ()
+        depth = self.backbone.config.layers
+        chosen = [
+            hidden if i == depth else self.backbone.finish(hidden)
+            for i, hidden in zip(layers, states.chosen if layers else ())
+        ]
         return jnp.stack([self._vectors(hidden, rows, slots) for hidden in (states.last, *chosen)])
 
     def _vectors(self, hidden_RxLxD: jax.Array, rows: Rows, slots: int) -> jax.Array:

@@ -200,8 +200,8 @@ def test_the_encoder_with_emulated_kernels(monkeypatch, backend):
     want = run(make_factory(HEAD), packed, MeshConfig(2, 1, 2), gradient=True)
     kernel = attention.KERNELS[backend]
 
-    def emulated(*args, causal, interpret):
-        return kernel(*args, causal=causal, interpret=True)
+    def emulated(*args, spec, interpret):
+        return kernel(*args, spec=spec, interpret=True)
 
     monkeypatch.setattr(attention, "KERNELS", {"cpu": emulated})
     factory = make_factory(HEAD, attention_kernel="pallas", remat="dots")

@@ -37,6 +37,15 @@ def step_seed(seed: int, step: jax.Array) -> jax.Array:
     return mix(mix(jnp.uint32(seed) ^ jnp.uint32(0x9E3779B9)) ^ step.astype(jnp.uint32))
 
 
+def layer_place(index: jax.Array) -> jax.Array:
+    """Returns the first of the 16 places of layer `index`: + 0 attention's weights, 1 and 2 the sub-layers' outputs.
+
+    From 3 on they are the inputs of linear layers, for adapters: query, key, value, out, then those of the MLP. Places
+    below 16 are those before the first layer.
+    """
+    return 16 * (index.astype(jnp.uint32) + 1)
+
+
 def dropout(x: jax.Array, rate: float, noise: Noise | None, place: jax.Array) -> jax.Array:
     """Drops channels of x [R, L, D]. `place` is a uint32 number of the call's place in the model."""
     if noise is None or rate == 0:

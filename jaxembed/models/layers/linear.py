@@ -6,6 +6,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxembed import sharding
+from jaxembed.models.layers.dropout import Noise
 
 Dims = tuple[tuple[str | None, int], ...]  # (logical axis, size) of each dimension
 
@@ -35,8 +36,20 @@ class Linear(nnx.Module):
         self.names = names
         self.n_inputs = len(inputs)
 
-    def __call__(self, x: jax.Array, out_spec: P) -> jax.Array:
-        """Applies the map to the last dimensions of x, in x's dtype. `out_spec` is the sharding of the result."""
+    def __call__(
+        self, x: jax.Array, out_spec: P, noise: Noise | None = None, place: jax.typing.ArrayLike = 0
+    ) -> jax.Array:
+        """Applies the map.
+
+        Args:
+          x: [..., inputs], any float dtype.
+          out_spec: the sharding of the result.
+          noise: dropout of an adapter's input; None for none.
+          place: number of the call's place in the model, for that mask.
+
+        Returns:
+          [..., outputs] in x's dtype.
+        """
         kernel = jax.sharding.reshard(self.kernel[...].astype(x.dtype), sharding.spec(*self.names, gathered=True))
         contracted = tuple(range(x.ndim - self.n_inputs, x.ndim)), tuple(range(self.n_inputs))
         y = jax.lax.dot_general(x, kernel, (contracted, ((), ())), out_sharding=out_spec)
@@ -60,12 +73,36 @@ class Embedding(nnx.Module):
         return table.at[ids_RxL].get(out_sharding=sharding.STATES, mode="promise_in_bounds")
 
 
+class RMSNorm(nnx.Module):
+    """Division by the root mean square over the last axis, in float32 (Zhang & Sennrich 2019, arXiv:1910.07467).
+
+    Args:
+      width: of the last axis.
+      epsilon: added to the mean square.
+      dtype: of the parameter.
+      offset: added to the scale: 0, or 1 for the Gemma family, whose scales are stored around 0.
+    """
+
+    def __init__(self, width: int, epsilon: float, dtype: jnp.dtype, offset: float = 0.0) -> None:
+        self.scale = nnx.Param(jnp.full(width, 1 - offset, dtype, out_sharding=P(None)))
+        self.epsilon = epsilon
+        self.offset = offset
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns x normalised, in x's dtype."""
+        y = x.astype(jnp.float32)
+        y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
+        return (y * (self.scale[...].astype(jnp.float32) + self.offset)).astype(x.dtype)
+
+
 class LayerNorm(nnx.Module):
     """Layer normalisation over the last axis, computed in float32 (Ba et al. 2016, arXiv:1607.06450)."""
 
-    def __init__(self, width: int, epsilon: float, dtype: jnp.dtype) -> None:
+    def __init__(self, width: int, epsilon: float, dtype: jnp.dtype, use_bias: bool = True) -> None:
         self.scale = nnx.Param(jnp.ones(width, dtype, out_sharding=P(None)))
-        self.bias = nnx.Param(jnp.zeros(width, dtype, out_sharding=P(None)))
+        self.use_bias = use_bias
+        if use_bias:
+            self.bias = nnx.Param(jnp.zeros(width, dtype, out_sharding=P(None)))
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -73,4 +110,5 @@ class LayerNorm(nnx.Module):
         y = x.astype(jnp.float32)
         centred = y - y.mean(-1, keepdims=True)
         y = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.epsilon)
-        return (y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+        y *= self.scale[...].astype(jnp.float32)
+        return (y + self.bias[...].astype(jnp.float32) if self.use_bias else y).astype(x.dtype)

@@ -18,6 +18,7 @@ from jaxembed.models.layers.dropout import Noise
 from jaxembed.sharding import ROWS
 
 TOLERANCE = 1e-5  # absolute, of values near 1
+MODE = {True: "causal", False: "bidirectional"}
 LARGE = 2_000_000_000  # segment ids are text numbers of the global batch
 
 
@@ -71,7 +72,7 @@ def value_and_gradients(function, case):
 def test_xla_equals_the_definition_on_every_mesh(mesh, causal):
     case = make_case(8, 24, 4, 8)
     query, key, value, _, segment_ids = case
-    spec = AttentionSpec(causal, "xla")
+    spec = AttentionSpec(MODE[causal], kernel="xla")
     with jax.set_mesh(make_mesh(mesh)):
         out = jax.jit(lambda q, k, v, s: attention(q, k, v, s, spec))(*on_mesh(case)[:3], on_mesh(case)[4])
         assert jax.typeof(out).sharding.spec == HEADS
@@ -88,7 +89,7 @@ def test_texts_and_padding_do_not_mix():
     picked[0, at] = 1
 
     def picked_sum(key, value, causal):
-        return (attention(query, key, value, segment_ids, AttentionSpec(causal, "xla")) * picked).sum()
+        return (attention(query, key, value, segment_ids, AttentionSpec(MODE[causal], kernel="xla")) * picked).sum()
 
     with jax.set_mesh(make_mesh()):
         for causal in (False, True):
@@ -102,7 +103,7 @@ def test_rows_without_any_text_stay_finite():
     case = make_case(2, 16, 2, 8)
     case[-1][:] = 0
     with jax.set_mesh(make_mesh()):
-        for array in value_and_gradients(lambda *x: attention(*x, AttentionSpec(True, "xla")), case):
+        for array in value_and_gradients(lambda *x: attention(*x, AttentionSpec("causal", kernel="xla")), case):
             assert np.isfinite(array).all()
 
 
@@ -130,10 +131,10 @@ def test_kernels_equal_xla_in_value_and_gradients(backend, length, width, causal
 
         def emulated(query, key, value, segment_ids):
             key, value = (jax.sharding.reshard(x, lib.WHOLE_HEADS) for x in (key, value))
-            return kernel_attention(query, key, value, segment_ids, causal, kernel, interpret=True)
+            return kernel_attention(query, key, value, segment_ids, AttentionSpec(MODE[causal]), kernel, interpret=True)
 
         got = value_and_gradients(emulated, case)
-        want = value_and_gradients(lambda *x: attention(*x, AttentionSpec(causal, "xla")), case)
+        want = value_and_gradients(lambda *x: attention(*x, AttentionSpec(MODE[causal], kernel="xla")), case)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=TOLERANCE)
 
@@ -146,7 +147,11 @@ def test_kernels_lower_for_their_platform(backend, platform, call, dtype):
     mesh = make_mesh(MeshConfig(2, 1, 2))
 
     def loss(query, key, value, segment_ids):
-        return kernel_attention(query, key, value, segment_ids, False, KERNELS[backend]).astype(jnp.float32).sum()
+        return (
+            kernel_attention(query, key, value, segment_ids, AttentionSpec(), KERNELS[backend])
+            .astype(jnp.float32)
+            .sum()
+        )
 
     with jax.set_mesh(mesh):
         queries, keys = (
@@ -159,8 +164,8 @@ def test_kernels_lower_for_their_platform(backend, platform, call, dtype):
     assert text.count(call) >= 2  # forward and backward
 
 
-def obstacle(length: int, width: int, backend: str, dtype=jnp.float32) -> str:
-    return lib._obstacle(jax.ShapeDtypeStruct((2, length, 4, width), dtype), backend)
+def obstacle(length: int, width: int, backend: str, dtype=jnp.float32, spec=AttentionSpec()) -> str:  # noqa: B008
+    return lib._obstacle(jax.ShapeDtypeStruct((2, length, 4, width), dtype), spec, backend)
 
 
 def test_kernels_are_used_where_they_serve():
