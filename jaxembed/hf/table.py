@@ -15,7 +15,6 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, NamedSharding
 
 from jaxembed.errors import UserError
 from jaxembed.hf.files import listing
@@ -291,37 +290,6 @@ def _fault(name: str, tensor: np.ndarray | None, wanted: Shape, ours: str) -> st
     if not jnp.issubdtype(tensor.dtype, jnp.floating):
         return f"tensor {name} is {tensor.dtype}, wants floating point (quantised weights are not read)"
     return ""
-
-
-def load_onto(leaves: Mapping[str, LazyLeaf], targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Reads leaves straight onto their shards, each process only what its own devices hold.
-
-    Args:
-      leaves: by path, from `import_leaves`.
-      targets: the wanted shape, dtype and sharding of each path to load; shardings over an abstract mesh
-        (`jax.eval_shape` gives such) are taken to be over the mesh that is set.
-
-    Returns:
-      Path → array of the target's dtype and sharding.
-    """
-    return {path: _load_leaf(leaves[path], target) for path, target in targets.items()}
-
-
-def _load_leaf(leaf: LazyLeaf, target: jax.ShapeDtypeStruct) -> jax.Array:
-    if leaf.shape != target.shape:
-        raise ValueError(f"a leaf of shape {leaf.shape} for a target of shape {target.shape}")
-    layout = target.sharding
-    if isinstance(layout, NamedSharding) and isinstance(layout.mesh, AbstractMesh):
-        layout = NamedSharding(jax.sharding.get_mesh(), layout.spec)
-    parts: dict[tuple, np.ndarray] = {}  # devices that hold the same part share one reading of it
-
-    def read(index: Index) -> np.ndarray:
-        key = tuple((s.start, s.stop) for s in index)
-        if key not in parts:
-            parts[key] = leaf.read(index, target.dtype)
-        return parts[key]
-
-    return jax.make_array_from_callback(target.shape, layout, read, dtype=target.dtype)
 
 
 def export_tensors(rows: Sequence[Row], leaves: Mapping[str, Any], layers: int) -> Iterator[tuple[str, np.ndarray]]:

@@ -9,7 +9,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxembed.errors import UserError
 from jaxembed.hf.architectures import ARCHITECTURES
-from jaxembed.hf.table import Flat, LazyLeaf, Linear, PadRows, Row, Same, export_tensors, import_leaves, load_onto
+from jaxembed.hf.loading import load_onto
+from jaxembed.hf.table import Flat, LazyLeaf, Linear, PadRows, Row, Same, export_tensors, import_leaves
 from jaxembed.models.bert import BertConfig
 
 CONFIG = BertConfig(vocab_size=100, width=16, layers=3, heads=2, mlp_width=24, positions=20)

@@ -13,8 +13,8 @@ from jaxembed.data.tokenizer import Tokenizer
 from jaxembed.errors import UserError
 from jaxembed.hf.architectures import ARCHITECTURES
 from jaxembed.hf.folder import read_folder
+from jaxembed.hf.loading import load_onto
 from jaxembed.hf.safetensors_io import open_tensors
-from jaxembed.hf.table import load_onto
 from jaxembed.hf.weights import backbone_leaves, projection_leaves, unused_tensors
 from jaxembed.hf.writer import write_folder
 from jaxembed.models.options import ModelOptions

@@ -8,7 +8,7 @@ import pytest
 from tiny_models import CONFIG, MESHES, ONE, alone, make_factory, make_mesh, pack, put_rows, random_params, random_texts
 
 from jaxembed.hf.folder import read_folder
-from jaxembed.hf.table import load_onto
+from jaxembed.hf.loading import load_onto
 from jaxembed.hf.weights import backbone_leaves
 from jaxembed.models.bert import Bert
 from jaxembed.models.options import ModelOptions
