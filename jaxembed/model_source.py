@@ -24,7 +24,7 @@ from jaxembed.hf.attention_modes import portable
 from jaxembed.hf.folder import Folder, read_folder
 from jaxembed.hf.hub import resolve
 from jaxembed.hf.safetensors_io import open_tensors, write_tensors
-from jaxembed.hf.table import load_onto
+from jaxembed.hf.loading import load_onto
 from jaxembed.hf.weights import backbone_leaves, projection_leaves, unused_tensors
 from jaxembed.models.options import ModelOptions
 from jaxembed.models.text_encoder import HeadConfig, ModelFactory, Params, TextEncoder, flatten, unflatten

@@ -1,20 +1,14 @@
 """The Hugging Face side of the BERT family: bert, roberta, xlm-roberta. One block, one table."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from jaxembed.config import nearest
 from jaxembed.errors import UserError
+from jaxembed.hf.fields import SpecialIds, read_activation, read_count, read_number
 from jaxembed.hf.table import Flat, Linear, PadRows, Row
 from jaxembed.models.bert import BertConfig
 
-# Our activation → its names in transformers; the first is the one we write.
-ACTIVATION_NAMES: dict[str, tuple[str, ...]] = {
-    "gelu": ("gelu", "gelu_python"),
-    "gelu_tanh": ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"),
-    "relu": ("relu",),
-    "silu": ("silu", "swish"),
-}
 ROBERTA_PAD_ID = 1  # where config.json does not say
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 # Heads of pre-training and of tasks, the pooler (first token, for next-sentence prediction), and old buffers.
@@ -28,16 +22,6 @@ IGNORED = (
     "qa_outputs.*",
 )
 RENAMES = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))  # checkpoints of 2018
-
-
-class SpecialIds(Protocol):
-    """What is asked of a tokenizer; ids are -1 where it has none. See `jaxembed.data.tokenizer.Tokenizer`."""
-
-    vocab_size: int
-    pad_id: int
-    cls_id: int
-    sep_id: int
-    eos_id: int
 
 
 def rows(config: BertConfig) -> tuple[Row, ...]:
@@ -97,17 +81,17 @@ def config_from_hf(hf: Mapping[str, Any], where: str = "config.json") -> BertCon
         if value != supported:
             raise UserError(f"{where}: {field} = {value!r} is not supported; supported: {supported!r}")
     config = BertConfig(
-        vocab_size=_count(hf, "vocab_size", where),
-        width=_count(hf, "hidden_size", where),
-        layers=_count(hf, "num_hidden_layers", where),
-        heads=_count(hf, "num_attention_heads", where),
-        mlp_width=_count(hf, "intermediate_size", where),
-        positions=_count(hf, "max_position_embeddings", where, 512),
-        type_vocab=_count(hf, "type_vocab_size", where, 2),
-        norm_eps=_number(hf, "layer_norm_eps", where, 1e-12),
-        activation=_activation(hf.get("hidden_act", "gelu"), where),
+        vocab_size=read_count(hf, "vocab_size", where),
+        width=read_count(hf, "hidden_size", where),
+        layers=read_count(hf, "num_hidden_layers", where),
+        heads=read_count(hf, "num_attention_heads", where),
+        mlp_width=read_count(hf, "intermediate_size", where),
+        positions=read_count(hf, "max_position_embeddings", where, 512),
+        type_vocab=read_count(hf, "type_vocab_size", where, 2),
+        norm_eps=read_number(hf, "layer_norm_eps", where, 1e-12),
+        activation=read_activation(hf, "hidden_act", where, "gelu"),
         position_offset=0 if hf["model_type"] == "bert" else _pad_id(hf, where, ROBERTA_PAD_ID) + 1,
-        initializer_range=_number(hf, "initializer_range", where, 0.02),
+        initializer_range=read_number(hf, "initializer_range", where, 0.02),
     )
     if config.width % config.heads:
         raise UserError(f"{where}: hidden_size = {config.width} is no multiple of num_attention_heads = {config.heads}")
@@ -122,29 +106,6 @@ def _pad_id(hf: Mapping[str, Any], where: str, default: int) -> int:
     if type(pad_id) is not int or pad_id < 0:
         raise UserError(f"{where}: pad_token_id = {pad_id!r}: roberta counts its positions from there; set it")
     return pad_id
-
-
-def _count(hf: Mapping[str, Any], field: str, where: str, default: int = 0) -> int:
-    value = hf.get(field, default)
-    if type(value) is not int or value < 1:
-        found = "is missing" if hf.get(field) is None else f"is {value!r}"
-        raise UserError(f"{where}: {field} {found}, wants a whole number above 0")
-    return value
-
-
-def _number(hf: Mapping[str, Any], field: str, where: str, default: float) -> float:
-    value = hf.get(field, default)
-    if type(value) not in (int, float) or not value > 0:
-        raise UserError(f"{where}: {field} is {value!r}, wants a number above 0")
-    return float(value)
-
-
-def _activation(hf_name: Any, where: str) -> str:
-    for ours, names in ACTIVATION_NAMES.items():
-        if hf_name in names:
-            return ours
-    known = ", ".join(name for names in ACTIVATION_NAMES.values() for name in names)
-    raise UserError(f"{where}: hidden_act = {hf_name!r} is not supported; supported: {known}")
 
 
 def fresh_hf_config(

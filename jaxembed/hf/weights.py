@@ -25,7 +25,7 @@ def backbone_leaves(folder: Folder, shapes: Mapping[str, Shape]) -> dict[str, La
       shapes: path → shape of every leaf of the backbone.
 
     Returns:
-      Path → leaf, for `jaxembed.hf.table.load_onto`.
+      Path → leaf, for `jaxembed.hf.loading.load_onto`.
 
     Raises:
       UserError: the files are damaged, or their tensors do not fit; see `import_leaves`.
