@@ -29,69 +29,34 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.our_trainer import OurTrainer
 from jaxembed import config as config_lib
-from jaxembed import model_source, sharding
-from jaxembed.data.batch import PairShape
-from jaxembed.data.loader import prefetch
-from jaxembed.optimizer import make_optimizer
-from jaxembed.step import init_state, make_step
-from jaxembed.training_data import open_data
+from jaxembed.training_data import TrainingData
 
 WARM_UP = 5
 SHARDS, MICRO_BATCHES = 8, 4  # for the padding waste of a bigger machine
 
 
-class OurTrainer:
-    """One step of ours at a time, as the training loop makes it."""
+def our_trainer(
+    model: pathlib.Path, pairs: pathlib.Path, batch: int, steps: int, max_length: int, scratch: str
+) -> OurTrainer:
+    """Returns ours, all of its caches in `scratch`."""
+    c = config_lib.default_config()
+    c.steps, c.batch_size = steps, batch
+    c.model.init = f"hf:{model}"
+    c.data.train[0].path = str(pairs)
+    c.data.max_length.query = c.data.max_length.document = max_length
+    c.data.negatives = 0
+    c.data.cache_dir = scratch
+    return OurTrainer(config_lib.load(c), pathlib.Path(scratch))
 
-    def __init__(
-        self, model: pathlib.Path, pairs: pathlib.Path, batch: int, steps: int, max_length: int, cache_dir: str
-    ) -> None:
-        c = config_lib.default_config()
-        c.steps, c.batch_size = steps, batch
-        c.model.init = f"hf:{model}"
-        c.data.train[0].path = str(pairs)
-        c.data.max_length.query = c.data.max_length.document = max_length
-        c.data.cache_dir = cache_dir
-        self.config = config = config_lib.load(c)
-        self.mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-        self.blueprint, load = model_source.open_source(config, pathlib.Path(cache_dir))
-        self.data = open_data(config, self.blueprint, self.mesh, {})
-        factory = self.blueprint.factory(model_source.options(config.model))
-        with jax.set_mesh(self.mesh):
-            params = load(factory)
-            optimizer = make_optimizer(config.optimizer, steps, {"model": params, "loss": {}})
-            self.state = jax.jit(lambda model: init_state(config, optimizer, model, factory.width, 0))(params)
-            step = make_step(config, factory, optimizer, PairShape(positives=1, negatives=0), steps)
-            self.step_function = jax.jit(step, donate_argnums=0)
-        self.batches = prefetch(self.data.builder, 0, steps, config.data.prefetch)
-        self.real = self.padded = 0
 
-    def compile(self) -> None:
-        """Compiles the step for the rungs that ordinary steps need, so that no timed step does."""
-        seen = set()
-        for n in range(64):
-            batch, info = self.data.builder.build(n)
-            if info.rows_per_bin not in seen:
-                seen.add(info.rows_per_bin)
-                with jax.set_mesh(self.mesh):
-                    self.state, _ = self.step_function(self.state, self.data.to_device(batch, self.mesh), {})
-
-    def step(self) -> None:
-        """Makes a step and waits for it."""
-        batch, info = next(self.batches)
-        with jax.set_mesh(self.mesh):
-            self.state, metrics = self.step_function(self.state, self.data.to_device(batch, self.mesh), {})
-            jax.block_until_ready(self.state)
-            jax.device_get(metrics)
-        self.real, self.padded = self.real + info.real_tokens, self.padded + info.padded_tokens
-
-    def waste_elsewhere(self) -> float:
-        """Returns the padding waste of the same data on SHARDS shards x MICRO_BATCHES micro-batches."""
-        layout = self.data.meta["layout"] | {"shards": SHARDS, "micro_batches": MICRO_BATCHES}
-        builder = type(self.data.builder)(self.data.plan, **layout)
-        infos = [builder.build(n)[1] for n in range(50)]
-        return 1 - sum(info.real_tokens for info in infos) / sum(info.padded_tokens for info in infos)
+def waste_elsewhere(data: TrainingData) -> float:
+    """Returns the padding waste of the same data on SHARDS shards x MICRO_BATCHES micro-batches."""
+    layout = data.meta["layout"] | {"shards": SHARDS, "micro_batches": MICRO_BATCHES}
+    builder = type(data.builder)(data.plan, **layout)
+    infos = [builder.build(n)[1] for n in range(50)]
+    return 1 - sum(info.real_tokens for info in infos) / sum(info.padded_tokens for info in infos)
 
 
 def run(model: pathlib.Path, pairs: pathlib.Path, batch: int, steps: int, max_length: int) -> dict[str, Any]:
@@ -99,7 +64,7 @@ def run(model: pathlib.Path, pairs: pathlib.Path, batch: int, steps: int, max_le
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     with tempfile.TemporaryDirectory() as scratch:
-        ours = OurTrainer(model, pairs, batch, steps + WARM_UP, max_length, scratch)
+        ours = our_trainer(model, pairs, batch, steps + WARM_UP, max_length, scratch)
         ours.compile()
         peer = context.Process(target=run_peer, args=(there, model, pairs, batch, steps + WARM_UP, max_length))
         peer.start()
@@ -113,14 +78,14 @@ def run(model: pathlib.Path, pairs: pathlib.Path, batch: int, steps: int, max_le
             our_times.append(time.perf_counter() - begun)
             here.send(None)
         peer.join()
-        waste_elsewhere = ours.waste_elsewhere()
+        waste = waste_elsewhere(ours.data)
     our_s, peer_s = (statistics.median(times[WARM_UP:]) for times in (our_times, peer_times))
     return {
         "pairs_per_s": round(batch / our_s, 2),
         "peer_pairs_per_s": round(batch / peer_s, 2),
         "ratio": round(peer_s / our_s, 3),
         "padding_waste": round(1 - ours.real / ours.padded, 4),
-        "padding_waste_8_shards_x_4": round(waste_elsewhere, 4),
+        "padding_waste_8_shards_x_4": round(waste, 4),
         "row_length": ours.data.meta["layout"]["row_length"],
         "rungs": ours.data.meta["rungs"],
         "max_length": max_length,

@@ -3,9 +3,10 @@
 import math
 import re
 
-from jaxembed.config import MODEL_KINDS, Config, SourceConfig
+from jaxembed.config import MODEL_KINDS, Config, ModelConfig, SourceConfig
 from jaxembed.data.shares import pairs_by_share
 from jaxembed.data.sources import DATA_SETS
+from jaxembed.data.templates import parse
 from jaxembed.errors import UserError, require
 from jaxembed.losses.check import check_losses
 
@@ -60,6 +61,7 @@ def _positive_numbers(c: Config) -> None:
         ("eval.every", c.eval.every),
         ("model.projection", c.model.projection),
         ("model.unroll", c.model.unroll),
+        ("model.lora.rank", c.model.lora.rank),
         ("optimizer.warmup_steps", c.optimizer.warmup_steps),
         ("optimizer.clip_norm", c.optimizer.clip_norm),
         ("optimizer.weight_decay", c.optimizer.weight_decay),
@@ -94,6 +96,7 @@ def _data(c: Config) -> None:
             source.format != "texts"
             or c.model.dropout > 0
             or c.model.attention_dropout > 0
+            or (c.model.lora.rank > 0 and c.model.lora.dropout > 0)
             or set(trains) <= {"match", "spread_out"},
             f"{where}.format = 'texts' makes a text its own positive: without config.model.dropout or "
             ".attention_dropout two views of a text would be the same vector",
@@ -184,6 +187,13 @@ def _model(c: Config) -> None:
         not m.attention_layers or m.attention == "native",
         f"config.model.attention = {m.attention!r} and config.model.attention_layers: set one of them",
     )
+    if m.lora.rank:
+        _lora(m)
+    require(m.latents >= 1, f"config.model.latents = {m.latents}: must be at least 1")
+    require(m.latent_heads >= 1, f"config.model.latent_heads = {m.latent_heads}: must be at least 1")
+    require(m.pool_layers >= -1, f"config.model.pool_layers = {m.pool_layers}: a layer (0 = embeddings), or -1")
+    if m.template:
+        parse(m.template, "config.model.template")
     for name, value in (
         ("dropout", m.dropout),
         ("attention_dropout", m.attention_dropout),
@@ -194,6 +204,20 @@ def _model(c: Config) -> None:
         m.attention_dropout == 0 or m.attention_kernel != "pallas",
         "config.model.attention_dropout needs config.model.attention_kernel = 'xla': the kernels have no dropout",
     )
+
+
+def _lora(m: ModelConfig) -> None:
+    require(
+        m.init != "scratch",
+        f"config.model.lora.rank = {m.lora.rank}: adapters stand on trained weights; set config.model.init to a "
+        "checkpoint, or the rank to 0",
+    )
+    require(0 < m.lora.alpha < math.inf, f"config.model.lora.alpha = {m.lora.alpha:g}: must be above 0, and finite")
+    try:
+        re.compile(m.lora.targets)
+    except re.error as error:
+        said = f"config.model.lora.targets: {m.lora.targets!r} is not a regular expression: {error}"
+        raise UserError(said) from error
 
 
 def _optimizer(c: Config) -> None:

@@ -12,6 +12,8 @@ from jaxembed import model_source, sharding, similarity
 from jaxembed.checkpoint import FOLDER as CHECKPOINTS
 from jaxembed.checkpoint import find, split
 from jaxembed.config import AUTO, MeshConfig
+from jaxembed.data.templates import several
+from jaxembed.data.tokenizer import Tokenizer
 from jaxembed.encoding import device_batches
 from jaxembed.errors import UserError
 from jaxembed.hf.hub import resolve
@@ -19,6 +21,7 @@ from jaxembed.model_source import Blueprint
 from jaxembed.models.options import ModelOptions
 from jaxembed.models.pooling import MODES
 from jaxembed.models.text_encoder import ModelFactory, Params
+from jaxembed.prompting import adapt
 from jaxembed.run_folder import RunStep
 from jaxembed.sharding import ROWS, batch_shards, put
 
@@ -35,6 +38,7 @@ class Embedder:
         params: Params,
         mesh: jax.sharding.Mesh,
         run: RunStep | None = None,
+        tokenizers: Sequence[Tokenizer] = (),
     ) -> None:
         """Joins what makes a model.
 
@@ -44,7 +48,9 @@ class Embedder:
           params: its parameters, on the mesh.
           mesh: where to compute.
           run: the run that the parameters are of, for the model card; None for none.
+          tokenizers: several in place of the blueprint's; the vectors that they lead to are averaged.
         """
+        self.tokenizers = tuple(tokenizers) or (blueprint.tokenizer,)
         self.blueprint, self.factory, self.params, self.mesh, self.run = blueprint, factory, params, mesh, run
         self._forward = factory.encoder
 
@@ -54,6 +60,7 @@ class Embedder:
         path: str | pathlib.Path,
         attention: str = "native",
         pooling: str = AUTO,
+        template: str | Sequence[str] = "",
         dtype: str = "float32",
         mesh: jax.sharding.Mesh | None = None,
     ) -> "Embedder":
@@ -63,6 +70,9 @@ class Embedder:
           path: a work directory ('DIR', 'DIR@STEP', 'DIR@best'), a folder, or 'ORG/NAME[@REVISION]' on the hub.
           attention: 'bidirectional' or 'causal' instead of the model's own.
           pooling: instead of the model's own.
+          template: put every text into it: 'prompt_eol', 'echo', or a text with {text} in it; see
+            `jaxembed.data.templates`. Of several ('meta_eol', or a sequence) the vectors are averaged (MetaEOL, Lei et
+            al. 2024, arXiv:2402.18458), and brought to length 1 again where the model does that.
           dtype: of the computation: 'float32' or 'bfloat16'.
           mesh: by default all devices along `data`.
 
@@ -84,15 +94,16 @@ class Embedder:
         ):
             if value not in known:
                 raise UserError(f"{name}={value!r}: {path} takes {', '.join(known)}")
-        if pooling != AUTO:
+        tokenizers: tuple[Tokenizer, ...] = ()
+        if template or pooling != AUTO:
             run = None  # whose scores are another model's
-            blueprint = dataclasses.replace(blueprint, head=dataclasses.replace(blueprint.head, pooling=pooling))
+            blueprint, tokenizers = _prompted(blueprint, pooling, template)
         if attention != "native":
             hf_config = blueprint.architecture.with_attention(blueprint.hf_config, (attention,))
             run, blueprint = None, dataclasses.replace(blueprint, hf_config=hf_config)
         factory = blueprint.factory(ModelOptions(dtype=dtype))
         with jax.set_mesh(mesh):
-            return cls(blueprint, factory, load(factory), mesh, run)
+            return cls(blueprint, factory, load(factory), mesh, run, tokenizers)
 
     @property
     def width(self) -> int:
@@ -143,11 +154,16 @@ class Embedder:
             prompt = self._prompt(self.blueprint.default_prompt_name if prompt_name is None else prompt_name)
         vectors = np.zeros((len(texts), self.width), np.float32)
         with Progress(console=Console(stderr=True), transient=True, disable=not show_progress_bar) as progress:
-            task = progress.add_task("encoding", total=len(texts))
+            task = progress.add_task("encoding", total=len(texts) * len(self.tokenizers))
             for first in range(0, len(texts), WINDOW):
                 window = vectors[first : first + WINDOW]
-                for n_done in self._encode_window(texts[first : first + WINDOW], prompt, batch_size, window):
-                    progress.advance(task, n_done)
+                for tokenizer in self.tokenizers:
+                    part = np.zeros_like(window)
+                    for n in self._encode_window(texts[first : first + WINDOW], tokenizer, prompt, batch_size, part):
+                        progress.advance(task, n)
+                    window += part / len(self.tokenizers)
+        if len(self.tokenizers) > 1 and self.blueprint.head.normalize:
+            vectors = similarity.unit(vectors)
         width = self.blueprint.truncate_dim if truncate_dim is None else truncate_dim
         vectors = vectors[:, :width] if width else vectors
         if normalize_embeddings:
@@ -175,11 +191,18 @@ class Embedder:
         a, b = (np.atleast_2d(np.asarray(x, np.float32)) for x in (a, b))
         return similarity.pairwise(a, b, self.blueprint.similarity).astype(np.float32)
 
-    def save(self, folder: str | pathlib.Path) -> None:
-        """Writes a folder that sentence-transformers opens."""
+    def save(self, folder: str | pathlib.Path, dtype: str = "float32") -> None:
+        """Writes a folder that sentence-transformers opens, its tensors of `dtype`: 'float32' or 'bfloat16'.
+
+        Raises:
+          UserError: several templates, whose mean no folder can say, or `folder` is something else.
+        """
         from jaxembed.export import export_model
 
-        export_model(self, pathlib.Path(folder))
+        if len(self.tokenizers) > 1:
+            raise UserError(f"{folder}: a model of several templates cannot be saved; load it with one")
+
+        export_model(self, pathlib.Path(folder), dtype=dtype)
 
     def _encode_as(self, prompt_name: str, texts: str | Sequence[str], kwargs: dict[str, Any]) -> np.ndarray:
         asked = any(kwargs.get(name) is not None for name in ("prompt", "prompt_name"))
@@ -190,11 +213,16 @@ class Embedder:
             raise UserError(f"prompt_name={name!r}: the model's prompts are {', '.join(self.prompts)}")
         return self.prompts.get(name, "")
 
-    def _encode_window(self, texts: list[str], prompt: str, batch_size: int, out: np.ndarray) -> Iterator[int]:
+    def _encode_window(
+        self, texts: list[str], tokenizer: Tokenizer, prompt: str, batch_size: int, out: np.ndarray
+    ) -> Iterator[int]:
         """Fills `out` [n, E] with the texts' vectors; yields how many are done with each device batch."""
-        tokenizer, limit = self.blueprint.tokenizer, self.blueprint.max_length
+        limit = self.blueprint.max_length
         tokens = tokenizer.encode(texts, limit, prompt)
-        batches = device_batches(tokens, tokenizer.prompt_length(prompt), batch_shards(self.mesh), limit, batch_size)
+        lengths = np.array([len(ids) for ids in tokens], np.int64)
+        of_prompt = tokenizer.prompt_lengths(tokenizer.prompt_length(prompt), lengths)
+        longest = tokenizer.longest(limit)
+        batches = device_batches(tokens, of_prompt, batch_shards(self.mesh), longest, batch_size)
         running: list[tuple[np.ndarray, jax.Array]] = []
         with jax.set_mesh(self.mesh):
             for batch in batches:
@@ -204,6 +232,21 @@ class Embedder:
                     yield _collect(*running.pop(0), out)
             for texts_and_vectors in running:
                 yield _collect(*texts_and_vectors, out)
+
+
+def _prompted(
+    blueprint: Blueprint, pooling: str, template: str | Sequence[str]
+) -> tuple[Blueprint, tuple[Tokenizer, ...]]:
+    """Returns the blueprint with another pooling and with templates, and the tokenizer of each template."""
+    each = several(template) if isinstance(template, str) else tuple(template)
+    if not each:
+        raise UserError("template=(): name at least one")
+    heads, tokenizers = zip(*(adapt(blueprint.head, blueprint.tokenizer, pooling, one) for one in each))
+    if len(set(heads)) > 1:
+        raise UserError("template: some of them pool the last token and others not: name the pooling too")
+    longest = min(tokenizer.fitting(blueprint.backbone.max_length) for tokenizer in tokenizers)
+    shorter = min(blueprint.max_length, longest)
+    return dataclasses.replace(blueprint, head=heads[0], tokenizer=tokenizers[0], max_length=shorter), tokenizers
 
 
 def _collect(texts_SxT: np.ndarray, vectors_SxTxE: jax.Array, out: np.ndarray) -> int:

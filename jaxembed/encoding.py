@@ -31,7 +31,7 @@ class DeviceBatch:
 
 
 def device_batches(
-    tokens: Sequence[np.ndarray], prompt_length: int, shards: int, max_length: int, batch_size: int = 0
+    tokens: Sequence[np.ndarray], prompt_lengths: np.ndarray, shards: int, max_length: int, batch_size: int = 0
 ) -> Iterator[DeviceBatch]:
     """Packs texts into device batches.
 
@@ -40,7 +40,7 @@ def device_batches(
 
     Args:
       tokens: token ids of each text.
-      prompt_length: leading tokens of every text that are the prompt's.
+      prompt_lengths: how many leading tokens of each text are the prompt's.
       shards: S, the batch shards of the mesh.
       max_length: of the model; no row is longer than that rounded up to the shortest row.
       batch_size: texts per device batch at the most, about; 0 = as many as fill a fixed number of tokens.
@@ -66,7 +66,14 @@ def device_batches(
             rows_per_shard = min(per_shard, _power_of_two(-(-(min(n_rows - first, per_shard * shards)) // shards)))
             placed = [tokens[i] for i in members[here]]
             yield _device_batch(
-                placed, members[here], row[here] - first, start[here], prompt_length, shards, rows_per_shard, row_length
+                placed,
+                members[here],
+                row[here] - first,
+                start[here],
+                prompt_lengths[members[here]],
+                shards,
+                rows_per_shard,
+                row_length,
             )
 
 
@@ -75,7 +82,7 @@ def _device_batch(
     numbers: np.ndarray,
     row: np.ndarray,
     start: np.ndarray,
-    prompt_length: int,
+    prompt_lengths: np.ndarray,
     shards: int,
     rows_per_shard: int,
     row_length: int,
@@ -104,7 +111,7 @@ def _device_batch(
         segment_ids=place(np.repeat(np.arange(len(tokens)) + 1, lengths), 0, np.int32),
         positions=place(position, 0, np.int32),
         span_ids=place(np.repeat(slot, lengths), -1, np.int32),
-        prompt_mask=place(position < np.repeat(np.minimum(prompt_length, lengths - 1), lengths), False, bool),
+        prompt_mask=place(position < np.repeat(prompt_lengths, lengths), False, bool),
     )
     return DeviceBatch(rows, slots, texts)
 

@@ -11,6 +11,8 @@ model on the hub. Several sets or tasks are given by commas. Prints a table for 
   --pairs           training records that were held out, whose queries are to find their positives: files, folders,
                     globs, tfds:NAME:SPLIT, hf:NAME:SPLIT
   --classification  TRAIN_FILE:TEST_FILE of text, label; or folders of train.jsonl and test.jsonl
+  --template        put every text into it, as language models that were not trained to embed want it: prompt_eol, echo,
+                    meta_eol (the mean over several), or a text with {text} in it
   --bm25            score BM25 too, on the retrieval and pairs sets
   --mteb            names of tasks, or FILE.py:ClassName for one of your own; results go to --mteb_out
 """
@@ -41,7 +43,7 @@ def main() -> None:
     from jaxembed.evaluation.tasks import Tasks
 
     tasks, mteb_tasks = Tasks.read(sets, "--"), open_tasks(flag.mteb) if flag.mteb else []
-    embedder = Embedder.load(flag.model, dtype=flag.dtype)
+    embedder = Embedder.load(flag.model, template=flag.template, dtype=flag.dtype)
     results, baselines = tasks.evaluate(embedder, show_progress_bar=True), tasks.baselines()
     scores, failures = [], []
     if mteb_tasks:
@@ -74,6 +76,7 @@ if __name__ == "__main__":
     flags.DEFINE_list("retrieval", [], "Retrieval sets.")
     flags.DEFINE_list("pairs", [], "Sets of records.")
     flags.DEFINE_list("classification", [], "Classification sets.")
+    flags.DEFINE_string("template", "", "Put every text into it: prompt_eol, echo, meta_eol, or a text with {text}.")
     flags.DEFINE_bool("bm25", False, "Score BM25 too.")
     flags.DEFINE_list("mteb", [], "Tasks of MTEB.")
     flags.DEFINE_string("mteb_out", "mteb_results", "Folder for MTEB's results, in its own layout.")

@@ -1,12 +1,13 @@
 """Write a run's model as a folder that sentence-transformers opens, or check such a folder.
 
-    python -m jaxembed.export --workdir=RUN --out=FOLDER [--layers=N] [--dim=N]
+    python -m jaxembed.export --workdir=RUN --out=FOLDER [--layers=N] [--dim=N] [--dtype=bfloat16]
     python -m jaxembed.export --verify=FOLDER
 
 --workdir takes RUN, RUN@STEP or RUN@best. --layers and --dim write a smaller model: the first N layers, vectors cut to
 their first N dimensions; config.matryoshka trains models that bear it. --verify encodes the folder's 8 fingerprint
 texts anew, in JAX and, where it is installed, in sentence-transformers, and compares the vectors with those that were
-written with it.
+written with it; there it also checks that every weight is found, that attention sees what it should, and that padding
+changes nothing.
 """
 
 import dataclasses
@@ -19,29 +20,18 @@ from absl import flags
 
 from jaxembed import cli
 from jaxembed.errors import UserError
+from jaxembed.verification import FINGERPRINT, TEXTS, verify, write_fingerprint
 
 if TYPE_CHECKING:
     from jaxembed.embedder import Embedder
     from jaxembed.losses.objective import Size
 
-FINGERPRINT = "jaxembed.json"
 WIDTHS = "matryoshka_dimensions"  # in config.json: programs that serve the folder let vectors be cut to these only
-TOLERANCE = 1e-5  # largest absolute difference of a vector's component
-
-# Short and long, several scripts, odd characters: what a wrong tokenizer, mask or pooling would show on.
-TEXTS = (
-    "A man is eating food.",
-    "a",
-    "The stock market fell today, and analysts blamed rising interest rates for the decline in technology shares.",
-    "Wie komme ich am schnellsten zum Bahnhof?",
-    "東京は日本の首都です。",
-    "مرحبا بالعالم",
-    "def add(a, b):\n    return a + b  # 🎉",
-    "long " * 300,
-)
 
 
-def export_model(embedder: "Embedder", out: pathlib.Path, layers: int = 0, dim: int = 0) -> None:
+def export_model(
+    embedder: "Embedder", out: pathlib.Path, layers: int = 0, dim: int = 0, dtype: str = "float32"
+) -> None:
     """Writes the folder, with its model card and fingerprint: all of it, or nothing.
 
     Args:
@@ -50,6 +40,7 @@ def export_model(embedder: "Embedder", out: pathlib.Path, layers: int = 0, dim: 
       out: the folder; one that was exported before is replaced.
       layers: only the first so many; 0 = all.
       dim: vectors are cut to their first dimensions, after all else; 0 = as the model says.
+      dtype: of the tensors written: 'float32' | 'bfloat16'. The fingerprint is that of the weights as written.
 
     Raises:
       UserError: `out` is something else, or cannot be written; the model is smaller than what is asked for.
@@ -63,7 +54,7 @@ def export_model(embedder: "Embedder", out: pathlib.Path, layers: int = 0, dim: 
     from jaxembed.reporting.model_card import card_files
     from jaxembed.stages import stages_of
 
-    small = _smaller(embedder, layers, dim)
+    small = _as_written(_smaller(embedder, layers, dim), dtype)
     layers = 0 if layers == embedder.blueprint.backbone.layers else layers
     blueprint, hf_config = small.blueprint, small.blueprint.hf_config
     sizes: tuple[Size, ...] = ()
@@ -71,8 +62,7 @@ def export_model(embedder: "Embedder", out: pathlib.Path, layers: int = 0, dim: 
         sizes = sizes_of(stages_of(run_folder.read_config(small.run.workdir))[-1].config.matryoshka)
         hf_config = _with_widths(hf_config, sizes, layers, small.width)
     projection = small.params.get("projection")
-    vectors = small.encode(list(TEXTS))
-    fingerprint = {"texts": TEXTS, "vectors": vectors.tolist()}
+    fingerprint = write_fingerprint(small.encode(list(TEXTS)))
     note = _note(embedder, sizes, layers, dim)
     with jax.set_mesh(small.mesh):
         write_folder(
@@ -91,8 +81,9 @@ def export_model(embedder: "Embedder", out: pathlib.Path, layers: int = 0, dim: 
             default_prompt_name=blueprint.default_prompt_name,
             similarity=blueprint.similarity,
             truncate_dim=blueprint.truncate_dim,
+            dtype=dtype,
             unused=blueprint.unused,
-            extra_files={**card_files(small, note), FINGERPRINT: json.dumps(fingerprint).encode()},
+            extra_files={**card_files(small, note), FINGERPRINT: fingerprint},
         )
 
 
@@ -125,6 +116,19 @@ def _smaller(embedder: "Embedder", layers: int, dim: int) -> "Embedder":
     return Embedder(blueprint, blueprint.factory(ModelOptions()), params, embedder.mesh, embedder.run)
 
 
+def _as_written(embedder: "Embedder", dtype: str) -> "Embedder":
+    """Returns the model as its folder will give it back: weights of that dtype, computed in float32."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxembed.embedder import Embedder
+    from jaxembed.models.options import ModelOptions
+
+    with jax.set_mesh(embedder.mesh):
+        params = jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), embedder.params)
+    return Embedder(embedder.blueprint, embedder.blueprint.factory(ModelOptions()), params, embedder.mesh, embedder.run)
+
+
 def _with_widths(hf_config: dict[str, Any], sizes: Sequence["Size"], layers: int, full: int) -> dict[str, Any]:
     """Returns config.json with the widths that vectors of this depth were trained at, and without another run's."""
     widths = {size.width for size in sizes if size.layers == layers and size.width}
@@ -148,69 +152,27 @@ def _note(whole: "Embedder", sizes: Sequence["Size"], layers: int, dim: int) -> 
     return " ".join(said)
 
 
-def verify(folder: pathlib.Path) -> dict[str, float]:
-    """Compares a folder's vectors with its fingerprint.
-
-    Returns:
-      The largest absolute difference, in 'jax' and, where it is installed, 'sentence_transformers'.
-
-    Raises:
-      UserError: the folder has no fingerprint, or its vectors differ by more than TOLERANCE.
-    """
-    import importlib.util
-
-    import jax
-    import numpy as np
-
-    from jaxembed.embedder import Embedder
-    from jaxembed.hf.files import read_json
-
-    if not (folder / FINGERPRINT).is_file():
-        raise UserError(f"{folder}: no {FINGERPRINT} in it, so nothing to verify it against")
-    fingerprint = read_json(folder / FINGERPRINT)
-    try:
-        texts, vectors = list(map(str, fingerprint["texts"])), np.array(fingerprint["vectors"], np.float32)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / FINGERPRINT}: wants texts and their vectors: {error!r}") from error
-    with jax.default_matmul_precision("float32"):
-        differences = {"jax": _difference(Embedder.load(folder).encode(texts), vectors)}
-    if importlib.util.find_spec("sentence_transformers"):
-        differences["sentence_transformers"] = _difference(_encode_in_torch(folder, texts), vectors)
-    wrong = {name: value for name, value in differences.items() if not value <= TOLERANCE}
-    if wrong:
-        said = ", ".join(f"{name} by {value:.1e}" for name, value in wrong.items())
-        raise UserError(f"{folder}: vectors differ from the fingerprint: {said} (allowed: {TOLERANCE:g})")
-    return differences
-
-
-def _encode_in_torch(folder: pathlib.Path, texts: list[str]) -> Any:
-    from sentence_transformers import SentenceTransformer
-
-    model = SentenceTransformer(str(folder), device="cpu", local_files_only=True, model_kwargs={"dtype": "float32"})
-    return model.encode(texts, show_progress_bar=False)
-
-
-def _difference(a: Any, b: Any) -> float:
-    import numpy as np
-
-    return float(np.abs(a - b).max()) if a.shape == b.shape else float("inf")
-
-
 def main() -> None:
     """Runs the command."""
     workdir, out, folder = flags.FLAGS.workdir, flags.FLAGS.out, flags.FLAGS.verify
-    layers, dim = flags.FLAGS.layers, flags.FLAGS.dim
-    if bool(folder) == bool(workdir) or bool(workdir) != bool(out) or (folder and (layers or dim)):
-        raise UserError("give either --workdir=RUN and --out=FOLDER [--layers=N] [--dim=N], or --verify=FOLDER")
+    layers, dim, dtype = flags.FLAGS.layers, flags.FLAGS.dim, flags.FLAGS.dtype
+    if bool(folder) == bool(workdir) or bool(workdir) != bool(out) or (folder and (layers or dim or dtype)):
+        raise UserError(
+            "give either --workdir=RUN and --out=FOLDER [--layers=N] [--dim=N] [--dtype=…], or --verify=FOLDER"
+        )
     if folder:
         differences = verify(pathlib.Path(folder))
         for name, value in differences.items():
             print(f"{name}: largest difference {value:.1e}")
         print(json.dumps({"verified": folder, **differences}))
     else:
+        from jaxembed import run_folder
         from jaxembed.embedder import Embedder
 
-        export_model(Embedder.load(workdir), pathlib.Path(out), layers, dim)
+        embedder = Embedder.load(workdir)
+        if not dtype:
+            dtype = run_folder.read_config(embedder.run.workdir).export_dtype if embedder.run else "float32"
+        export_model(embedder, pathlib.Path(out), layers, dim, dtype)
         print(json.dumps({"exported": out}))
 
 
@@ -219,5 +181,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", "", "The folder to write.")
     flags.DEFINE_integer("layers", 0, "Export the first so many layers only; 0 = all.")
     flags.DEFINE_integer("dim", 0, "Cut vectors to their first so many dimensions; 0 = not.")
+    flags.DEFINE_enum("dtype", "", ["", "float32", "bfloat16"], "Of the weights; '' = the run's config.export_dtype.")
     flags.DEFINE_string("verify", "", "An exported folder to check.")
     cli.run(main, __doc__)

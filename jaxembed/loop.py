@@ -24,10 +24,10 @@ from jaxembed.evaluation.report import flat_scores
 from jaxembed.evaluation.tasks import Tasks
 from jaxembed.metrics import MetricsWriter
 from jaxembed.model_source import Blueprint
-from jaxembed.models.text_encoder import ModelFactory, Params
+from jaxembed.models.text_encoder import ModelFactory, join
 from jaxembed.preemption import StopSignal
 from jaxembed.progress import Progress
-from jaxembed.step import TrainState
+from jaxembed.step import Given, TrainState
 from jaxembed.training_data import TrainingData
 
 
@@ -35,15 +35,22 @@ from jaxembed.training_data import TrainingData
 class Run:
     """What all stages of a run share.
 
-    A teacher's parameters, {} without one, are given to every step, which leaves them as they are; no checkpoint holds
-    them.
+    Attributes:
+      workdir: its folder.
+      mesh: its devices.
+      blueprint: the model's.
+      teacher: the teacher's maker, where there is one.
+      given: parameters that every step reads and leaves as they are.
+      tasks: evaluations.
+      checkpoints, writer, progress: where to save, to write metrics, and to tell a person.
+      stop: whether the process was told to.
     """
 
     workdir: pathlib.Path
     mesh: jax.sharding.Mesh
     blueprint: Blueprint
     teacher: ModelFactory | None
-    teacher_params: Params
+    given: Given
     tasks: Tasks
     checkpoints: Checkpoints
     writer: MetricsWriter
@@ -124,7 +131,7 @@ class Loop:
         shapes = tuple(rows.tokens.shape for rows in (batch.rows, batch.teacher_rows) if rows is not None)
         if shapes not in self.compiled:
             self.compiled[shapes] = self._compile(" + ".join(map(str, shapes)), state, batch)
-        state, metrics = self.compiled[shapes](state, batch, self.run_.teacher_params)
+        state, metrics = self.compiled[shapes](state, batch, self.run_.given)
         self._catch_up()
         self.pending = info, metrics
         return state
@@ -132,7 +139,7 @@ class Loop:
     def _compile(self, shapes: str, state: TrainState, batch: Batch) -> Any:
         say = self.run_.progress.say
         say(f"compiling for {shapes} tokens …")
-        compiled = self.step_function.lower(state, batch, self.run_.teacher_params).compile()
+        compiled = self.step_function.lower(state, batch, self.run_.given).compile()
         memory = compiled.memory_analysis()
         if memory:
             gigabytes = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 1e9
@@ -171,7 +178,8 @@ class Loop:
 
     def _evaluate(self, state: TrainState, step: int) -> None:
         run, config = self.run_, self.stage.config
-        embedder = Embedder(run.blueprint, self.stage.factory, state.served, run.mesh)
+        params = join(state.served, run.given.get("base", {}))
+        embedder = Embedder(run.blueprint, self.stage.factory, params, run.mesh)
         scores = flat_scores(run.tasks.evaluate(embedder))
         best = config.checkpoint.best
         if best and best not in scores:

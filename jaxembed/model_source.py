@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from jaxembed import checkpoint, run_folder
-from jaxembed.config import AUTO, Config, ModelConfig, TeacherConfig
+from jaxembed.config import AUTO, Config, LoraConfig, ModelConfig, TeacherConfig
 from jaxembed.config_check import TRAINED
 from jaxembed.data.tokenizer import Tokenizer
 from jaxembed.data.tokenizer_training import train_for
@@ -23,15 +23,27 @@ from jaxembed.hf.architectures import Architecture, architecture
 from jaxembed.hf.attention_modes import portable
 from jaxembed.hf.folder import Folder, read_folder
 from jaxembed.hf.hub import resolve
-from jaxembed.hf.safetensors_io import open_tensors, write_tensors
 from jaxembed.hf.loading import load_onto
-from jaxembed.hf.weights import backbone_leaves, projection_leaves, unused_tensors
+from jaxembed.hf.peft import linear_layers
+from jaxembed.hf.safetensors_io import open_tensors, write_tensors
+from jaxembed.hf.weights import backbone_leaves, head_leaves, unused_tensors
+from jaxembed.models.lora import Lora, is_adapter, merge
 from jaxembed.models.options import ModelOptions
-from jaxembed.models.text_encoder import HeadConfig, ModelFactory, Params, TextEncoder, flatten, unflatten
+from jaxembed.models.text_encoder import (
+    BACKBONE,
+    HeadConfig,
+    ModelFactory,
+    Params,
+    TextEncoder,
+    flatten,
+    join,
+    split,
+    unflatten,
+)
+from jaxembed.prompting import adapt, require_portable
 from jaxembed.stages import stages_of
 
 FOLDER = "model"
-BACKBONE = "backbone/"
 SIDES = ("query", "document")
 
 Loader = Callable[[ModelFactory], Params]  # puts the weights onto the mesh in use
@@ -73,10 +85,22 @@ class Blueprint:
         """The backbone's frozen config."""
         return self.architecture.config_from_hf(self.hf_config)
 
-    def factory(self, options: ModelOptions, seed: int = 0) -> ModelFactory:
-        """Returns the maker of this model; `seed` is that of fresh weights."""
+    def factory(self, options: ModelOptions, seed: int = 0, lora: Lora | None = None) -> ModelFactory:
+        """Returns the maker of this model; `seed` is that of fresh weights, `lora` its adapters."""
         make, backbone = self.architecture.backbone, self.backbone
-        return ModelFactory(lambda: TextEncoder(jax.random.key(seed), make, backbone, self.head, options))
+        return ModelFactory(lambda: TextEncoder(jax.random.key(seed), make, backbone, self.head, options, lora))
+
+    def lora(self, c: LoraConfig) -> Lora | None:
+        """Returns the adapters that a config asks for, None for none.
+
+        Raises:
+          UserError: `targets` names no linear layer.
+        """
+        if not c.rank:
+            return None
+        rows = self.architecture.rows(self.backbone)
+        scale = c.alpha / (c.rank**0.5 if c.rslora else c.rank)
+        return Lora(c.rank, scale, c.dropout, linear_layers(rows, c.targets, "config.model.lora.targets"))
 
     def save(self, folder: pathlib.Path) -> None:
         """Writes the blueprint; `load` reads it."""
@@ -171,7 +195,16 @@ def open_folder(path: pathlib.Path) -> tuple[Blueprint, Loader]:
     width, bias = (folder.dense.out_features, folder.dense.bias) if folder.dense else (0, False)
     blueprint = Blueprint(
         hf_config=folder.hf_config,
-        head=HeadConfig(folder.pooling, folder.pool_prompt, width, bias, folder.normalize),
+        head=HeadConfig(
+            pooling=folder.pooling,
+            pool_prompt=folder.pool_prompt,
+            latents=folder.latent.latents if folder.latent else 0,
+            latent_heads=folder.latent.heads if folder.latent else 0,
+            pool_layers=folder.layer_pooling.first if folder.layer_pooling else -1,
+            projection=width,
+            projection_bias=bias,
+            normalize=folder.normalize,
+        ),
         max_length=folder.max_length,
         prompts=dict(folder.prompts),
         default_prompt_name=folder.default_prompt_name,
@@ -181,42 +214,73 @@ def open_folder(path: pathlib.Path) -> tuple[Blueprint, Loader]:
         unused=unused_tensors(folder),
     )
     _require_fitting(blueprint.tokenizer, blueprint, f"{path}: its tokenizer")
+    longest = blueprint.tokenizer.fitting(blueprint.backbone.max_length)
+    blueprint = dataclasses.replace(blueprint, max_length=min(blueprint.max_length, longest))
     return blueprint, lambda factory: _load_folder(folder, factory)
 
 
 def open_run(spec: str) -> tuple[Blueprint, Loader]:
     """Opens a run's checkpoint: 'DIR', 'DIR@STEP' or 'DIR@best'.
 
+    Adapters are merged into the weights that the run started from, which are opened again.
+
     Raises:
-      UserError: there is no such run or checkpoint.
+      UserError: there is no such run or checkpoint, or what it started from is there no more.
     """
     checkpoint.find(spec)
-    blueprint = Blueprint.load(checkpoint.split(spec)[0] / FOLDER)
+    workdir = checkpoint.split(spec)[0]
+    blueprint = Blueprint.load(workdir / FOLDER)
+    model = run_folder.read_config(workdir).model
+    if model.lora.rank:
+        try:
+            _, load_base = _open(model.init)
+        except UserError as error:
+            base = f"its checkpoints hold adapters to config.model.init = {model.init!r}"
+            raise UserError(f"run:{spec}: {base}, which cannot be opened: {error}") from error
+        return blueprint, lambda factory: _load_merged(spec, blueprint, model.lora, load_base, factory)
 
     def load(factory: ModelFactory) -> Params:
-        abstract = factory.abstract()
-        had = flatten(blueprint.factory(ModelOptions()).abstract())  # the run may lack a projection that we add
-        stored = unflatten({path: leaf for path, leaf in flatten(abstract).items() if path in had})
-        params = checkpoint.restore_model(spec, stored)
-        return _completed(jax.tree.map(lambda x, like: x.astype(like.dtype), params, stored), factory)
+        wanted = flatten(factory.abstract())
+        had = flatten(blueprint.factory(ModelOptions()).abstract())  # its head may have less than ours, or more
+        stored = unflatten({path: wanted.get(path, leaf) for path, leaf in had.items()})
+        params = flatten(checkpoint.restore_model(spec, stored))
+        kept = {path: x.astype(wanted[path].dtype) for path, x in params.items() if path in wanted}
+        return _completed(unflatten(kept), factory)
 
     return blueprint, load
 
 
+def load_trained(spec: str, blueprint: Blueprint, lora: Lora) -> Params:
+    """Returns the adapters and the head of a run's checkpoint, in float32."""
+    return checkpoint.restore_model(spec, split(blueprint.factory(ModelOptions(), lora=lora).abstract())[0])
+
+
+def _load_merged(
+    spec: str, blueprint: Blueprint, config: LoraConfig, load_base: Loader, factory: ModelFactory
+) -> Params:
+    """Loads what a run with adapters started from, and brings in what it trained."""
+    lora, leaves = blueprint.lora(config), flatten(load_base(factory))
+    trained = flatten(load_trained(spec, blueprint, lora))
+    adapters = {path.removeprefix(BACKBONE): x for path, x in trained.items() if is_adapter(path)}
+    backbone = {path.removeprefix(BACKBONE): x for path, x in leaves.items() if path.startswith(BACKBONE)}
+    head = {path: trained.get(path, x).astype(x.dtype) for path, x in leaves.items() if not path.startswith(BACKBONE)}
+    merged = {BACKBONE + path: x for path, x in merge(backbone | adapters, lora).items()}
+    return _completed(unflatten(merged | head), factory)
+
+
 def _load_folder(folder: Folder, factory: ModelFactory) -> Params:
-    wanted = flatten(factory.abstract())
+    wanted = {path: x for path, x in flatten(factory.abstract()).items() if not is_adapter(path)}
     shapes = {path.removeprefix(BACKBONE): x.shape for path, x in wanted.items() if path.startswith(BACKBONE)}
     leaves = {BACKBONE + path: leaf for path, leaf in backbone_leaves(folder, shapes).items()}
-    if folder.dense:
-        leaves |= projection_leaves(folder.dense)
+    leaves |= head_leaves(folder, {path: x.shape for path, x in wanted.items()})
     return _completed(unflatten(load_onto(leaves, {path: wanted[path] for path in leaves})), factory)
 
 
 def _completed(params: Params, factory: ModelFactory) -> Params:
-    """Adds a fresh projection where the config wants one and the weights have none."""
-    if "projection" in factory.abstract() and "projection" not in params:
-        params["projection"] = jax.jit(lambda: factory.fresh()["projection"])()
-    return params
+    """Adds fresh weights where the config wants what these have not: adapters, parts of the head."""
+    missing = flatten(factory.abstract()).keys() - flatten(params).keys()
+    fresh = jax.jit(lambda: {path: x for path, x in flatten(factory.fresh()).items() if path in missing})
+    return join(params, unflatten(fresh())) if missing else params
 
 
 def _scratch(c: Config, workdir: pathlib.Path) -> tuple[Blueprint, Loader]:
@@ -240,26 +304,18 @@ def _adapted(blueprint: Blueprint, c: Config) -> Blueprint:
             f"config.model.attention{'_layers' if m.attention_layers else ''}: no folder can say this to other "
             "programs: set config.export = False; Embedder and jaxembed.evaluate open the run itself"
         )
-    said = [stage.config.data.max_length for stage in stages_of(c)]
-    lengths = {side: max(getattr(s, side) or blueprint.max_length for s in said) for side in SIDES}
-    for side, length in lengths.items():
-        if length > longest:
-            raise UserError(f"config.data.max_length.{side} = {length}: this {arch.model_type} takes at most {longest}")
     if m.projection and head.projection and m.projection != head.projection:
         raise UserError(f"config.model.projection = {m.projection}, but {m.init} has one of width {head.projection}")
     tokenizer = blueprint.tokenizer
     if c.tokenizer != AUTO and m.init != "scratch":
         tokenizer = Tokenizer.load(_tokenizer_spec(c.tokenizer))
         _require_fitting(tokenizer, blueprint, f"config.tokenizer = {c.tokenizer}")
-    head = HeadConfig(
-        pooling=head.pooling if m.pooling == AUTO else m.pooling,
-        pool_prompt=m.pool_prompt and head.pool_prompt,
-        projection=m.projection or head.projection,
-        projection_bias=head.projection_bias,
-        normalize=m.normalize,
-    )
-    if head.pooling == "last" and not tokenizer.appends_eos:
-        raise UserError("config.model.pooling = 'last': the tokenizer ends no text with an end token to pool")
+    head, tokenizer = adapt(_head(blueprint, c), tokenizer, m.pooling, m.template, "config.model.")
+    if c.export:
+        require_portable(head, tokenizer)
+    if head.pool_layers >= 0:
+        hf_config = hf_config | {"output_hidden_states": True}  # else sentence-transformers skips the mean of layers
+    lengths = _lengths(c, tokenizer, blueprint.max_length, longest, arch.model_type)
     return dataclasses.replace(
         blueprint,
         hf_config=hf_config,
@@ -269,6 +325,47 @@ def _adapted(blueprint: Blueprint, c: Config) -> Blueprint:
         prompts=blueprint.prompts | {name: text for name, text in c.prompts.items() if text},
         truncate_dim=0,
     )
+
+
+def _head(blueprint: Blueprint, c: Config) -> HeadConfig:
+    """Returns the head with the parts that the config adds; its pooling is still the model's own."""
+    m, head, backbone = c.model, blueprint.head, blueprint.backbone
+    latents, heads = head.latents, head.latent_heads
+    if m.pooling == "latent" and not latents:
+        latents, heads = m.latents, m.latent_heads
+        if backbone.width % heads:
+            raise UserError(f"config.model.latent_heads = {heads} does not divide the model's width, {backbone.width}")
+    first = m.pool_layers
+    if first > backbone.layers or (first >= 0 and head.pool_layers not in (-1, first)):
+        own = f"pools layers from {head.pool_layers}" if head.pool_layers >= 0 else f"has {backbone.layers} layers"
+        raise UserError(f"config.model.pool_layers = {first}, but {m.init} {own}")
+    first = max(first, head.pool_layers)
+    if first >= 0 and any(stage.config.matryoshka.layers for stage in stages_of(c)):
+        raise UserError(
+            "config.matryoshka.layers: a model that pools several layers (config.model.pool_layers, or the folder's "
+            "own) cannot be cut to fewer; leave it ()"
+        )
+    return dataclasses.replace(
+        head,
+        latents=latents,
+        latent_heads=heads,
+        pool_layers=first,
+        pool_prompt=m.pool_prompt and head.pool_prompt,
+        projection=m.projection or head.projection,
+        normalize=m.normalize,
+    )
+
+
+def _lengths(c: Config, tokenizer: Tokenizer, usual: int, longest: int, model_type: str) -> dict[str, int]:
+    """Returns the longest text of each side in tokens, over all stages; `usual` where the config does not say."""
+    said = [stage.config.data.max_length for stage in stages_of(c)]
+    most = tokenizer.fitting(longest)
+    lengths = {side: max(getattr(s, side) or min(usual, most) for s in said) for side in SIDES}
+    for side, length in lengths.items():
+        if length > most:
+            times = f" of a text that is read {tokenizer.copies} times" if tokenizer.copies > 1 else ""
+            raise UserError(f"config.data.max_length.{side} = {length}: this {model_type} takes at most {most}{times}")
+    return lengths
 
 
 def _require_fitting(tokenizer: Tokenizer, blueprint: Blueprint, what: str) -> None:

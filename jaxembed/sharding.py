@@ -48,6 +48,14 @@ def spec(*logical: str | None, gathered: bool = False) -> P:
     return P(*axes)
 
 
+def heads_axis(n_heads: int) -> str | None:
+    """Returns the logical axis of so many key and value heads: 'heads', or None where `tensor` does not divide them.
+
+    Every device of `tensor` then holds all of them. Needs a mesh set.
+    """
+    return "heads" if n_heads % jax.sharding.get_abstract_mesh().shape["tensor"] == 0 else None
+
+
 def _without_fsdp(axis: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
     if isinstance(axis, tuple):
         kept = tuple(a for a in axis if a != "fsdp")
@@ -76,6 +84,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         wanted = ", ".join(f"{axis} {n}" for axis, n in zip(AXES, sizes))
         raise UserError(f"config.mesh: {wanted} do not multiply to the {len(devices)} devices at hand")
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+
+
+def platform() -> str:
+    """Returns what the mesh that is set consists of, 'cpu', 'gpu' or 'tpu', also where that is not this machine."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
 
 
 def batch_shards(mesh: jax.sharding.Mesh) -> int:

@@ -12,11 +12,14 @@ from jaxembed.data.batch import Batch, PairShape, Rows
 from jaxembed.losses.embedded import Embedded
 from jaxembed.losses.objective import loss_params, objective
 from jaxembed.models.layers.dropout import Noise, step_seed
-from jaxembed.models.text_encoder import ModelFactory, Params
+from jaxembed.models.text_encoder import ModelFactory, Params, join
 from jaxembed.optimizer import freeze, rate_factors, schedule
 from jaxembed.sharding import batch_shards
 
 Metrics = dict[str, jax.Array]
+# Parameters that a step reads and leaves as they are, and that no checkpoint holds: the 'base' that the model's
+# adapters stand on, a 'teacher'; each where there is one.
+Given = dict[str, Params]
 
 
 @jax.tree_util.register_dataclass
@@ -26,7 +29,7 @@ class TrainState:
 
     Attributes:
       step: int32 scalar, optimizer steps done.
-      params: {'model': nested dict of arrays, 'loss': the loss's own parameters}.
+      params: {'model': nested dict of the model's trained arrays, 'loss': the loss's own parameters}.
       optimizer: optax state.
       average: exponential moving average of params['model'] in float32, or {} when off.
     """
@@ -38,7 +41,7 @@ class TrainState:
 
     @property
     def served(self) -> Params:
-        """The model parameters that are evaluated and exported."""
+        """The model's trained parameters as they are evaluated and exported."""
         return self.average or self.params["model"]
 
 
@@ -50,7 +53,7 @@ def init_state(
     Args:
       config: the run's.
       optimizer: the run's.
-      model: the model's parameters.
+      model: the model's trained parameters.
       width: E, of its vectors.
       teacher_width: F, of a teacher's; 0 without one.
     """
@@ -62,22 +65,24 @@ def init_state(
 
 def make_loss(
     config: Config, factory: ModelFactory, pair: PairShape, teacher: ModelFactory | None = None
-) -> Callable[[Params, Batch, jax.Array, Params], tuple[jax.Array, Metrics]]:
-    """Returns (params, batch, step, teacher's params) → (loss, metrics).
+) -> Callable[[Params, Batch, jax.Array, Given], tuple[jax.Array, Metrics]]:
+    """Returns (params, batch, step, what is given) → (loss, metrics).
 
     A teacher sees the texts without dropout, and has no gradient.
     """
-    uses_noise = config.model.dropout > 0 or config.model.attention_dropout > 0
+    m = config.model
+    uses_noise = max(m.dropout, m.attention_dropout, m.lora.dropout) > 0
     layers = config.matryoshka.layers
 
-    def loss(params: Params, batch: Batch, step: jax.Array, teacher_params: Params) -> tuple[jax.Array, Metrics]:
+    def loss(params: Params, batch: Batch, step: jax.Array, given: Given) -> tuple[jax.Array, Metrics]:
         seed = step_seed(config.seed, step)
         n = batch.queries.pair.shape[0]
-        vectors = encode(factory, params["model"], batch.rows, n, pair.texts, seed if uses_noise else None, layers)
+        model = join(params["model"], given.get("base", {}))
+        vectors = encode(factory, model, batch.rows, n, pair.texts, seed if uses_noise else None, layers)
         taught_queries = taught_documents = None
         if teacher:
             rows = batch.rows if batch.teacher_rows is None else batch.teacher_rows
-            (taught_queries,), (others,) = jax.lax.stop_gradient(encode(teacher, teacher_params, rows, n, pair.texts))
+            (taught_queries,), (others,) = jax.lax.stop_gradient(encode(teacher, given["teacher"], rows, n, pair.texts))
             taught_documents = others[:, : pair.documents]
         embedded = [
             Embedded(
@@ -152,8 +157,8 @@ def make_step(
     pair: PairShape,
     steps: int,
     teacher: ModelFactory | None = None,
-) -> Callable[[TrainState, Batch, Params], tuple[TrainState, Metrics]]:
-    """Returns the train step: (state, batch, teacher's parameters or {}) → (state, metrics).
+) -> Callable[[TrainState, Batch, Given], tuple[TrainState, Metrics]]:
+    """Returns the train step: (state, batch, what is given) → (state, metrics).
 
     A step whose loss or gradient norm is not finite changes nothing but the metrics, so that the last good state is
     never lost to a donated buffer.
@@ -161,10 +166,10 @@ def make_step(
     compute_loss = make_loss(config, factory, pair, teacher)
     rate = schedule(config.optimizer, steps)
 
-    def step(state: TrainState, batch: Batch, teacher_params: Params) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch, given: Given) -> tuple[TrainState, Metrics]:
         def loss(params: Params) -> tuple[jax.Array, Metrics]:
             params = freeze(params, rate_factors(config.optimizer, params))
-            return compute_loss(params, batch, state.step, teacher_params)
+            return compute_loss(params, batch, state.step, given)
 
         (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
         norm = optax.global_norm(gradients)

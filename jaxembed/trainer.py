@@ -23,7 +23,8 @@ from jaxembed.loop import Loop, Run, StageRun
 from jaxembed.losses.objective import loss_params
 from jaxembed.metrics import MetricsWriter, read_metrics
 from jaxembed.model_source import Blueprint
-from jaxembed.models.text_encoder import Params
+from jaxembed.models.lora import Lora
+from jaxembed.models.text_encoder import Params, split
 from jaxembed.optimizer import make_optimizer
 from jaxembed.preemption import StopSignal
 from jaxembed.progress import Progress
@@ -54,6 +55,7 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         mesh = sharding.make_mesh(config.mesh)
         tasks = Tasks.read(config.eval, "config.eval.")  # before anything slow: a missing file shows at once
         blueprint, load = model_source.open_source(config, workdir)
+        lora = blueprint.lora(config.model.lora)
         teacher = model_source.open_teacher(config.teacher)
         _check_sizes(config, blueprint, mesh)
         run_folder.claim(workdir, config, write=main_process)
@@ -63,7 +65,7 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         checkpoints = Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.best)
         start = checkpoints.latest()
         meta = checkpoints.meta(start) if start is not None else {}
-        stages = _open_stages(config, blueprint, mesh, meta, teacher.blueprint if teacher else None)
+        stages = _open_stages(config, blueprint, lora, mesh, meta, teacher.blueprint if teacher else None)
         steps = stages[-1].last
         if start is not None and start > steps:
             raise UserError(f"{workdir} has done {start} steps, more than the {steps} asked for: raise config.steps")
@@ -76,13 +78,22 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
             if start is not None:
                 done = f"{start} of {steps} steps are done"
                 progress.say(f"{done}: going on" if start < steps else f"{done}: nothing left to train")
-            taught = (teacher.factory, teacher.load(teacher.factory)) if teacher else (None, {})
-            run = Run(workdir, mesh, blueprint, *taught, tasks, checkpoints, writer, progress, stop)
-            state, step = _walk(run, stages, load, start, meta.get("stage", 0))
+            given = {"teacher": teacher.load(teacher.factory)} if teacher else {}
+            fresh: Params = {}
+            if start is None or lora:  # no checkpoint holds what adapters stand on
+                fresh, given["base"] = split(load(stages[0].factory))
+            taught = teacher.factory if teacher else None
+            run = Run(workdir, mesh, blueprint, taught, given, tasks, checkpoints, writer, progress, stop)
+            state, step = _walk(run, stages, fresh, start, meta.get("stage", 0))
         checkpoints.close()
         if config.export and step == steps:
             run_step = run_folder.RunStep(workdir, step)
-            Embedder(blueprint, stages[-1].factory, state.served, mesh, run_step).save(workdir / "export")
+            if lora:  # merged in float32, whatever the dtype of the computation
+                given.clear()
+                embedder = Embedder.load(f"{workdir}@{step}", mesh=mesh)
+            else:
+                embedder = Embedder(blueprint, stages[-1].factory, state.served, mesh, run_step)
+            embedder.save(workdir / "export", config.export_dtype)
         if main_process:
             _report(workdir, progress)
     return next(reversed(read_metrics(workdir)), {})
@@ -117,7 +128,12 @@ def _check_sizes(config: Config, blueprint: Blueprint, mesh: jax.sharding.Mesh) 
 
 
 def _open_stages(
-    config: Config, blueprint: Blueprint, mesh: jax.sharding.Mesh, meta: dict[str, Any], teacher: Blueprint | None
+    config: Config,
+    blueprint: Blueprint,
+    lora: Lora | None,
+    mesh: jax.sharding.Mesh,
+    meta: dict[str, Any],
+    teacher: Blueprint | None,
 ) -> tuple[StageRun, ...]:
     """Opens the data of all stages, so that what is wrong with a late one shows before the first one's first step."""
     opened: list[StageRun] = []
@@ -126,20 +142,20 @@ def _open_stages(
         data = open_data(c, blueprint, mesh, meta if index == meta.get("stage", 0) else {}, teacher)
         first = opened[-1].last if opened else 0
         last = first + (c.steps or math.ceil(c.epochs * data.plan.steps_per_epoch))
-        factory = blueprint.factory(model_source.options(c.model), config.seed)
+        factory = blueprint.factory(model_source.options(c.model), config.seed, lora)
         opened.append(StageRun(index, stage.name, c, data, factory, first, last))
     return tuple(opened)
 
 
 def _walk(
-    run: Run, stages: tuple[StageRun, ...], load: model_source.Loader, start: int | None, current: int
+    run: Run, stages: tuple[StageRun, ...], fresh: Params, start: int | None, current: int
 ) -> tuple[TrainState, int]:
-    """Trains stage after stage, from the checkpoint of step `start` of stage number `current`, if there is one."""
+    """Trains stage after stage, from the checkpoint of step `start` of stage number `current`, else from `fresh`."""
     state, step = None, start
     for stage in stages[current:]:
         served = state.served if state else None
         state = None  # its optimizer goes before the next one comes
-        step_function, state = _prepare(run, stage, load, served, step)
+        step_function, state = _prepare(run, stage, fresh, served, step)
         if stage.name and step != stage.last:
             run.progress.say(f"stage {stage.name!r}: steps {(step or 0) + 1} … {stage.last}")
         state, step = Loop(run, stage, step_function).run(state, step)
@@ -149,20 +165,21 @@ def _walk(
 
 
 def _prepare(
-    run: Run, stage: StageRun, load: model_source.Loader, served: Params | None, start: int | None
+    run: Run, stage: StageRun, fresh: Params, served: Params | None, start: int | None
 ) -> tuple[Any, TrainState]:
     """Builds a stage's step and its first state: from the stage before, restored, or fresh; born on the mesh."""
     config, factory, steps = stage.config, stage.factory, stage.last - stage.first
     widths = factory.width, run.teacher.width if run.teacher else 0
-    abstract = {"model": factory.abstract(), "loss": jax.eval_shape(lambda: loss_params(config, *widths))}
+    trained, _ = split(factory.abstract())
+    abstract = {"model": trained, "loss": jax.eval_shape(lambda: loss_params(config, *widths))}
     optimizer = make_optimizer(config.optimizer, steps, abstract)
     make_state = jax.jit(lambda model: init_state(config, optimizer, model, *widths), donate_argnums=0)
     if served is not None:
-        state = make_state(jax.tree.map(lambda x, like: x.astype(like.dtype), served, abstract["model"]))
+        state = make_state(jax.tree.map(lambda x, like: x.astype(like.dtype), served, trained))
     elif start is not None:
-        state = run.checkpoints.restore(start, jax.eval_shape(make_state, factory.abstract()))
+        state = run.checkpoints.restore(start, jax.eval_shape(make_state, trained))
     else:
-        state = make_state(load(factory))
+        state = make_state(fresh)
     plan = stage.data.plan
     pair = PairShape(plan.positives, plan.negatives, plan.negative_queries)
     step = make_step(config, factory, optimizer, pair, steps, run.teacher)

@@ -15,9 +15,10 @@ from jaxembed import sharding, similarity
 from jaxembed.config import MatryoshkaConfig, MeshConfig
 from jaxembed.embedder import Embedder
 from jaxembed.errors import UserError
-from jaxembed.export import _with_widths, export_model, verify
+from jaxembed.export import _with_widths, export_model
 from jaxembed.losses.objective import sizes_of
 from jaxembed.trainer import train
+from jaxembed.verification import verify
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
 

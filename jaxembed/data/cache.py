@@ -52,7 +52,7 @@ class TokenCache:
       max_positives, max_negatives: most of one record.
       negative_queries: whether the records with negatives have their queries too: all of them do, or none.
       scored: whether every document has a score.
-      max_length: longest text in tokens.
+      max_length: longest text in tokens, all copies of it.
       total_tokens: of all texts.
       truncated: texts that were cut to the maximum length.
       skipped: bad records of the source that were left out; skipped_reasons: what was wrong with the first ones.
@@ -149,7 +149,8 @@ def build_or_open(
       tokenizer: gives the ids.
       prompts: the very strings put before queries and documents ('' for none). `{instruction}` in them is replaced by
         the record's instruction.
-      max_lengths: longest query and document in tokens, prompt and special tokens included; both above 0.
+      max_lengths: longest query and document in tokens, prompt and special tokens included, one copy counted where a
+        template repeats the text; both above 0.
       cache_dir: the cache's root folder, made if need be.
       on_bad_record: 'error' | 'skip'.
       show_progress: a progress bar on standard error while tokenising.
@@ -161,9 +162,10 @@ def build_or_open(
     """
     for side in ("query", "document"):
         length = getattr(max_lengths, side)
-        if not tokenizer.n_special < length <= MAX_LENGTH:
+        most = tokenizer.fitting(MAX_LENGTH)
+        if not tokenizer.n_special < length <= most:
             raise UserError(
-                f"config.data.max_length.{side} = {length}: must be in {tokenizer.n_special + 1} … {MAX_LENGTH} "
+                f"config.data.max_length.{side} = {length}: must be in {tokenizer.n_special + 1} … {most} "
                 f"({tokenizer.n_special} tokens of each text are special ones)"
             )
     reader = RecordReader(source, on_bad_record, where)

@@ -59,7 +59,7 @@ def fill(
       reader: the source.
       tokenizer: gives the ids.
       prompts: strings put before the texts; `{instruction}` in them is replaced by the record's.
-      max_lengths: most tokens of a text of each side.
+      max_lengths: most tokens of a text of each side, one copy of it counted where a template repeats it.
       inputs: what the cache is made from, for meta.json and the hashes of labels.
       show_progress: a progress bar on standard error.
 
@@ -133,7 +133,7 @@ class _Chunks:
         counts, first = self._counts, not self._counts.n_records
         ids: list[np.ndarray] = []
         hashes: list[int] = []
-        prompt_lengths: list[int] = []
+        of_prompts: list[int] = []
         scores: list[float] = []
         record_ends, n_positives, groups, lines = [], [], [], []
         whole_ids = iter(whole)
@@ -148,9 +148,9 @@ class _Chunks:
                 continue
             limits = _per_text(record, self._max_lengths.query, self._max_lengths.document)
             for text, tokens, limit, prompt in zip(texts, own, limits, prompts):
-                counts.truncated += len(tokens) > limit
                 ids.append(self._tokenizer.truncate(tokens, limit))
-                prompt_lengths.append(self._prompt_tokens(prompt, len(ids[-1])))
+                counts.truncated += len(ids[-1]) < len(tokens)
+                of_prompts.append(self._prompt_length(prompt))
                 hashes.append(_hash(text))
             missing = (np.nan,) * len(record.positives + record.negatives)
             scores += (np.nan, *(record.scores or missing), *(np.nan for _ in record.negative_queries))
@@ -173,7 +173,7 @@ class _Chunks:
             "tokens": np.concatenate([np.empty(0, self._token_dtype), *ids], dtype=self._token_dtype, casting="unsafe"),
             "offsets": np.concatenate([np.array(start, np.int64), ends]),
             "lengths": lengths.astype(np.uint16),
-            "prompt_lengths": np.array(prompt_lengths, np.uint16),
+            "prompt_lengths": self._tokenizer.prompt_lengths(np.array(of_prompts, np.int64), lengths).astype(np.uint16),
             "hashes": np.array(hashes, np.uint64),
             "scores": np.array(scores, np.float32),
             "first_text": np.array([*start, *record_ends], np.int64),
@@ -187,12 +187,6 @@ class _Chunks:
             self._prompts.query.replace(INSTRUCTION, record.instruction),
             self._prompts.document.replace(INSTRUCTION, record.instruction),
         )
-
-    def _prompt_tokens(self, prompt: str, length: int) -> int:
-        # A text cut short may be all prompt; as in sentence-transformers the closing special token then remains, and
-        # without one the last token does, so that pooling without the prompt never has nothing to pool.
-        remain = max(1, self._tokenizer.n_suffix)
-        return max(0, min(self._prompt_length(prompt), length - remain))
 
     def _group(self, record: Record) -> int:
         if record.group:

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import normalizers
+from tokenizers import normalizers, processors
 
+from jaxembed.data.templates import Template
 from jaxembed.errors import UserError
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -33,7 +34,8 @@ class Tokenizer:
     Attributes:
       pad_id, cls_id, sep_id, eos_id, mask_id: ids of the special tokens, -1 where there is none.
       n_suffix: special tokens behind a text (usually one, the closing separator).
-      n_special: special tokens that every text gets.
+      n_special: special tokens that every text gets, those of a template included.
+      copies: how often a text is repeated: 1, or 2 in an echo template.
     """
 
     def __init__(
@@ -64,12 +66,22 @@ class Tokenizer:
         self.pad_id, self.cls_id, self.sep_id, self.eos_id, self.mask_id = (
             self._id(role) for role in ("pad_token", "cls_token", "sep_token", "eos_token", "mask_token")
         )
-        # What the post-processor adds, seen on a text: the marks of the text's own tokens are 0.
+        # What the post-processor adds, seen on a text: the marks of the text's own tokens are 0. `_frame` counts the
+        # special tokens before each copy of the text and behind the last.
+        processor, backend.post_processor = backend.post_processor, None
+        once = len(backend.encode("a").ids)
+        backend.post_processor = processor
         example = backend.encode("a")
-        own = [i for i, special in enumerate(example.special_tokens_mask) if not special]
+        starts = [i for i, special in enumerate(example.special_tokens_mask) if not special][:: max(once, 1)]
+        ends = [start + once for start in starts]
         self.n_special = backend.num_special_tokens_to_add(False)
-        self.n_suffix = len(example.ids) - 1 - own[-1] if own else 0
-        self._suffix_ids = frozenset(example.ids[len(example.ids) - self.n_suffix :])
+        self.copies = max(len(starts), 1)
+        self._frame = [start - end for start, end in zip([*starts, len(example.ids)], [0, *ends])]
+        if not starts:
+            self._frame = [self.n_special, 0]
+        self.n_suffix = self._frame[-1]
+        self._prefix_ids = example.ids[: self._frame[0]]
+        self._suffix_ids = example.ids[len(example.ids) - self.n_suffix :]
 
     @classmethod
     def load(cls, spec: str) -> "Tokenizer":
@@ -108,24 +120,40 @@ class Tokenizer:
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
     def truncate(self, ids: np.ndarray, max_length: int) -> np.ndarray:
-        """Returns `ids` [n] cut to [max_length]: the special tokens at both ends stay, the text between is cut."""
-        if len(ids) <= max_length:
+        """Returns `ids` [n] cut to `max_length`: the special tokens stay, the text between is cut, each copy alike.
+
+        `max_length` counts one copy of the text, as the `tokenizers` library does, which cuts before it repeats: see
+        `longest`.
+        """
+        room, own = max_length - self.n_special, (len(ids) - self.n_special) // self.copies
+        if own <= room:
             return ids
-        if self._truncation_side == "left":
-            n_prefix = self.n_special - self.n_suffix
-            return np.concatenate([ids[:n_prefix], ids[len(ids) - (max_length - n_prefix) :]])
-        return np.concatenate([ids[: max_length - self.n_suffix], ids[len(ids) - self.n_suffix :]])
+        parts, start = [], 0
+        for n_special in self._frame[:-1]:
+            end = start + n_special + own
+            kept = slice(end - room, end) if self._truncation_side == "left" else slice(end - own, end - own + room)
+            parts += [ids[start : start + n_special], ids[kept]]
+            start = end
+        return np.concatenate([*parts, ids[start:]])
+
+    def longest(self, max_length: int) -> int:
+        """Returns the most tokens of a text that was cut to `max_length`: more than that where texts are repeated."""
+        return self.n_special + self.copies * (max_length - self.n_special)
+
+    def fitting(self, tokens: int) -> int:
+        """Returns the greatest `max_length` whose `longest` is at most `tokens`."""
+        return self.n_special + (tokens - self.n_special) // self.copies
 
     def encode(self, texts: Sequence[str], max_length: int, prompt: str = "") -> list[np.ndarray]:
         """Tokenises texts as a model sees them.
 
         Args:
           texts: any strings, empty ones too.
-          max_length: the most tokens of a text, prompt and special tokens included.
+          max_length: the most tokens of a text, prompt and special tokens included, one copy of it counted.
           prompt: a string put before each text, before tokenising.
 
         Returns:
-          A uint32 array of token ids per text, at most `max_length` long.
+          A uint32 array of token ids per text, at most `longest(max_length)` long.
 
         Raises:
           UserError: `max_length` leaves no room for text.
@@ -135,16 +163,62 @@ class Tokenizer:
         return [self.truncate(ids, max_length) for ids in self.tokenize([prompt + text for text in texts])]
 
     def prompt_length(self, prompt: str) -> int:
-        """Returns how many leading tokens of a text belong to the prompt, special tokens before it included.
+        """Returns how many tokens before a text belong to the prompt, special tokens before it included.
 
         Counted as sentence-transformers 6.2 does (`Transformer._get_prompt_length`): tokens of the prompt alone, less
         one if the last is a special token. Where the prompt's last characters merge with the text's first ones into
         one token, the count may be off by a token; but exported folders are evaluated there, so training counts alike.
+        There a template's words behind the text would count too; here all words of the template before the text do.
         """
+        if self.in_template:
+            copied = len(self._backend.encode(prompt, add_special_tokens=False).ids)
+            return sum(self._frame[:-1]) + copied // self.copies
         if not prompt:
             return 0
         ids = self.tokenize([prompt])[0]
         return len(ids) - int(len(ids) > 0 and int(ids[-1]) in self._special_ids)
+
+    def prompt_lengths(self, prompt_length: int | np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Returns how many leading tokens of texts are left out where prompts are not pooled.
+
+        Of an echoed text those are all before its second copy, and the prompt in that (Springer et al. 2024,
+        arXiv:2402.15449). A text cut short may be all prompt; as in sentence-transformers the closing special token
+        then remains, and without one the last token does, so that there is always something to pool.
+
+        Args:
+          prompt_length: the `prompt_length` of their prompt, or of each one's [n].
+          lengths: tokens of each text [n], all of them.
+
+        Returns:
+          int64 [n].
+        """
+        copies_before = (self.copies - 1) * ((lengths - self.n_special) // self.copies)
+        return np.maximum(0, np.minimum(prompt_length + copies_before, lengths - max(1, self.n_suffix)))
+
+    def with_end_token(self, where: str) -> "Tokenizer":
+        """Returns the tokenizer that ends every text with its end-of-sequence token, also one that is cut.
+
+        Raises:
+          UserError: it has no such token; `where` says what asked for it.
+        """
+        if self.eos_id < 0:
+            raise UserError(f"{where}: the tokenizer has no end token (eos_token) to put behind every text and pool")
+        return self._framed([self._prefix_ids], [*self._suffix_ids, self.eos_id])
+
+    def with_template(self, template: Template, where: str) -> "Tokenizer":
+        """Returns the tokenizer that puts every text into a template.
+
+        The tokenizer's own special tokens stay at both ends; but where the template has words behind the text, their
+        last token is the one to pool, and nothing follows it.
+
+        Raises:
+          UserError: the tokenizer has a template already; `where` says what asked for one.
+        """
+        if self.in_template:
+            raise UserError(f"{where}: the tokenizer has a template already; ask for none")
+        first, *others = ([*self._backend.encode(words, add_special_tokens=False).ids] for words in template.before)
+        after = self._backend.encode(template.after, add_special_tokens=False).ids
+        return self._framed([[*self._prefix_ids, *first], *others], after or self._suffix_ids)
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -154,7 +228,7 @@ class Tokenizer:
     @property
     def appends_eos(self) -> bool:
         """Whether every text ends with the end-of-sequence or separator token."""
-        return bool(self._suffix_ids & ({self.eos_id, self.sep_id} - {-1}))
+        return bool({*self._suffix_ids} & ({self.eos_id, self.sep_id} - {-1}))
 
     def fingerprint(self) -> str:
         """Returns a sha256 (hexadecimal) of all that decides the ids that this tokenizer gives."""
@@ -195,6 +269,27 @@ class Tokenizer:
         self._backend.save(str(folder / "tokenizer.json"))
         for name, content in (("tokenizer_config.json", config), ("special_tokens_map.json", special)):
             (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def _framed(self, before: Sequence[Sequence[int]], after: Sequence[int]) -> "Tokenizer":
+        """Returns the tokenizer that puts these ids before each copy of a text, and behind the last."""
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        single, pieces = [], []
+        for i, ids in enumerate((*before, after)):
+            name = f"frame_{i}"
+            if ids:
+                single.append(name)
+                pieces.append({"id": name, "ids": list(ids), "tokens": [backend.id_to_token(j) for j in ids]})
+            if i < len(before):
+                single.append("$A")
+        backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=pieces)
+        return Tokenizer(backend, self._special, self._extra, self._truncation_side)
+
+    @functools.cached_property
+    def in_template(self) -> bool:
+        """Whether what every text gets is more than special tokens."""
+        added = self._backend.get_added_tokens_decoder()
+        known = {*self._special_ids, *(i for i, token in added.items() if token.special)}
+        return self.copies > 1 or not known.issuperset((*self._prefix_ids, *self._suffix_ids))
 
     def _id(self, role: str) -> int:
         return self._backend.token_to_id(self._special[role]) if role in self._special else -1

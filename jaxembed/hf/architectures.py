@@ -3,15 +3,24 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 from jaxembed.config import nearest
 from jaxembed.errors import UserError
-from jaxembed.hf import bert
-from jaxembed.hf.attention_modes import with_modes
+from jaxembed.hf import bert, decoders, jina_bert, modernbert, mpnet, nomic_bert, t5
+from jaxembed.hf.attention_modes import OURS, with_modes
+from jaxembed.hf.rope import RopeWords
 from jaxembed.hf.table import Row, Shape
 from jaxembed.models.bert import Bert
 from jaxembed.models.layers.attention import MODES
+from jaxembed.models.modernbert import ModernBert
+from jaxembed.models.nomic_bert import NomicBert
+from jaxembed.models.t5 import T5
+from jaxembed.models.transformer import Transformer
+
+ANY_TRANSFORMERS = "4.0"
+PER_LAYER = ("layer_types", OURS)  # fields of config.json that are lists, one entry per layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +28,7 @@ class Architecture:
     """All that is particular to one `model_type`.
 
     Attributes:
-      model_type: the name in config.json, and of `config.model.arch`.
+      model_type: the name in config.json, and of `config.model.arch`. (Only 'jina_bert' says 'bert' in config.json.)
       hf_class: the class of transformers that opens what we write.
       backbone: our class, called with (key, its config, ModelOptions).
       attention: mode → the fields of config.json by which transformers knows it; {} where it needs none. Modes that
@@ -35,6 +44,9 @@ class Architecture:
       ignored: patterns of names that an embedding model has no use for.
       renames: (regex, replacement) from older names.
       transformers: the first version whose `hf_class` gives this model.
+      rope: how config.json speaks of rotary positions; None where there are none that could be scaled.
+      spelled: config.json → the same in every spelling that programs read; for what is read, and what is written.
+      depth: the field of config.json that says how many layers there are.
     """
 
     model_type: str
@@ -49,7 +61,10 @@ class Architecture:
     prefixes: tuple[str, ...]
     ignored: tuple[str, ...]
     renames: tuple[tuple[str, str], ...] = ()
-    transformers: str = "4.0"
+    transformers: str = ANY_TRANSFORMERS
+    rope: RopeWords | None = None
+    spelled: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
+    depth: str = "num_hidden_layers"
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -76,21 +91,73 @@ class Architecture:
                 raise UserError(f"config.model.attention = {mode!r}: {self.model_type} takes {takes}")
         return with_modes(hf_config, modes, config.attention, self.attention, config.layers)
 
+    def with_rope_scaling(
+        self, hf_config: Mapping[str, Any], scaling: Mapping[str, Any], where: str = "config.model.rope_scaling"
+    ) -> dict[str, Any]:
+        """Returns config.json of the same model for longer texts; see `jaxembed.hf.rope.RopeWords.with_scaling`.
 
-def _bert_family(model_type: str, hf_class: str, prefix: str) -> Architecture:
+        Raises:
+          UserError: a wrong scaling, or an architecture without rotary positions.
+        """
+        if self.rope is None:
+            raise UserError(f"{where}: {self.model_type} has no rotary positions that could be scaled")
+        return self.rope.with_scaling(hf_config, scaling, where)
+
+    def with_layers(self, hf_config: Mapping[str, Any], layers: int) -> dict[str, Any]:
+        """Returns config.json of the model's first layers alone."""
+        lists = {field: hf_config[field][:layers] for field in PER_LAYER if hf_config.get(field)}
+        return {**hf_config, self.depth: layers, **lists}
+
+
+def _encoder(
+    model_type: str,
+    hf_class: str,
+    backbone: type,
+    module: ModuleType,
+    fresh_hf_config: Callable[..., dict[str, Any]],
+    **others: Any,
+) -> Architecture:
+    """An encoder whose side of Hugging Face is a module with config_from_hf, rows and IGNORED."""
     return Architecture(
         model_type=model_type,
         hf_class=hf_class,
-        backbone=Bert,
+        backbone=backbone,
         attention={"bidirectional": {}},
         fixed_attention=True,
-        config_from_hf=bert.config_from_hf,
-        fresh_hf_config=functools.partial(bert.fresh_hf_config, model_type),
-        rows=bert.rows,
-        unused=bert.pooler_shapes,
-        prefixes=("", prefix),
-        ignored=bert.IGNORED,
-        renames=bert.RENAMES,
+        config_from_hf=module.config_from_hf,
+        fresh_hf_config=fresh_hf_config,
+        rows=module.rows,
+        **{"unused": lambda config: {}, "prefixes": ("",), "ignored": module.IGNORED, **others},
+    )
+
+
+def _bert_family(model_type: str, hf_class: str, prefix: str) -> Architecture:
+    fresh = functools.partial(bert.fresh_hf_config, model_type)
+    parts = {"unused": bert.pooler_shapes, "prefixes": ("", prefix), "renames": bert.RENAMES}
+    return _encoder(model_type, hf_class, Bert, bert, fresh, **parts)
+
+
+def _t5(model_type: str, hf_class: str, since: str) -> Architecture:
+    fresh = functools.partial(t5.fresh_hf_config, model_type)
+    return _encoder(model_type, hf_class, T5, t5, fresh, transformers=since, depth="num_layers")
+
+
+def _decoder(family: decoders.Family) -> Architecture:
+    return Architecture(
+        model_type=family.model_type,
+        hf_class=family.hf_class,
+        backbone=Transformer,
+        attention={"causal": family.causal, "bidirectional": family.bidirectional},
+        fixed_attention=False,
+        config_from_hf=functools.partial(decoders.config_from_hf, family),
+        fresh_hf_config=functools.partial(decoders.fresh_hf_config, family),
+        rows=functools.partial(decoders.rows, family),
+        unused=lambda config: {},
+        prefixes=("", "model."),
+        ignored=decoders.IGNORED,
+        transformers=family.since,
+        rope=family.rope,
+        spelled=family.rope.spelled,
     )
 
 
@@ -100,6 +167,48 @@ ARCHITECTURES: dict[str, Architecture] = {
         _bert_family("bert", "BertModel", "bert."),
         _bert_family("roberta", "RobertaModel", "roberta."),
         _bert_family("xlm-roberta", "XLMRobertaModel", "roberta."),
+        _encoder(
+            "mpnet",
+            "MPNetModel",
+            Bert,
+            mpnet,
+            mpnet.fresh_hf_config,
+            unused=bert.pooler_shapes,
+            prefixes=("", "mpnet."),
+        ),
+        _encoder(
+            "jina_bert",
+            "JinaBertModel",
+            Bert,
+            jina_bert,
+            jina_bert.fresh_hf_config,
+            unused=bert.pooler_shapes,
+            prefixes=("", "bert."),
+            spelled=jina_bert.spelled,
+        ),
+        _t5("t5", "T5EncoderModel", ANY_TRANSFORMERS),
+        _t5("mt5", "MT5EncoderModel", ANY_TRANSFORMERS),
+        _encoder(
+            "nomic_bert",
+            "NomicBertModel",
+            NomicBert,
+            nomic_bert,
+            nomic_bert.fresh_hf_config,
+            prefixes=("", "bert.", "nomic_bert."),
+            rope=nomic_bert.ROPE,
+            transformers="5.5.0",
+            spelled=nomic_bert.spelled,
+        ),
+        _encoder(
+            "modernbert",
+            "ModernBertModel",
+            ModernBert,
+            modernbert,
+            modernbert.fresh_hf_config,
+            prefixes=("", "model."),
+            transformers="4.48.0",
+        ),
+        *map(_decoder, decoders.FAMILIES.values()),
     )
 }
 
@@ -114,3 +223,12 @@ def architecture(model_type: Any, where: str = "config.model.arch") -> Architect
         hint = nearest(str(model_type), ARCHITECTURES)
         raise UserError(f"{where}: model_type {model_type!r} is not known{hint}; known: {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[model_type]
+
+
+def architecture_of(hf_config: Mapping[str, Any], where: str = "config.json") -> Architecture:
+    """Returns the architecture of a config.json; `where` says which, for the message.
+
+    Raises:
+      UserError: it is not known.
+    """
+    return architecture("jina_bert" if jina_bert.is_jina_bert(hf_config) else hf_config.get("model_type"), where)

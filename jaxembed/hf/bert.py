@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxembed.config import nearest
 from jaxembed.errors import UserError
 from jaxembed.hf.fields import SpecialIds, read_activation, read_count, read_number
-from jaxembed.hf.table import Flat, Linear, PadRows, Row
+from jaxembed.hf.rows import linear_rows, norm_rows, projection_rows
+from jaxembed.hf.scratch import filled, token_fields
+from jaxembed.hf.table import PadRows, Row
 from jaxembed.models.bert import BertConfig
 
 ROBERTA_PAD_ID = 1  # where config.json does not say
@@ -26,34 +27,37 @@ RENAMES = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "La
 
 def rows(config: BertConfig) -> tuple[Row, ...]:
     """Returns the table of names; see `jaxembed.hf.table`."""
-    layer, attention = "encoder.layer.{i}.", "encoder.layer.{i}.attention."
     return (
-        Row("embeddings.word_embeddings.weight", "embeddings/token/embedding", PadRows(config.vocab_size)),
         Row("embeddings.position_embeddings.weight", "embeddings/position/embedding"),
-        Row("embeddings.token_type_embeddings.weight", "embeddings/type/embedding"),
-        *_norm("embeddings.LayerNorm", "embeddings/norm"),
-        *(
-            row
-            for name in ("query", "key", "value")
-            for row in (
-                Row(f"{attention}self.{name}.weight", f"layers/attention/{name}/kernel", Linear()),
-                Row(f"{attention}self.{name}.bias", f"layers/attention/{name}/bias", Flat()),
-            )
-        ),
-        *_linear(f"{attention}output.dense", "layers/attention/out", Linear(inputs=2)),
-        *_norm(f"{attention}output.LayerNorm", "layers/attention_norm"),
-        *_linear(f"{layer}intermediate.dense", "layers/mlp/up", Linear()),
-        *_linear(f"{layer}output.dense", "layers/mlp/down", Linear()),
-        *_norm(f"{layer}output.LayerNorm", "layers/mlp_norm"),
+        *rows_but_positions_and_mlp(config),
+        *mlp_rows(),
     )
 
 
-def _linear(hf: str, ours: str, transform: Linear) -> tuple[Row, Row]:
-    return Row(f"{hf}.weight", f"{ours}/kernel", transform), Row(f"{hf}.bias", f"{ours}/bias")
+def rows_but_positions_and_mlp(config: BertConfig) -> tuple[Row, ...]:
+    """Returns the part of the table that the Jina-2 kind has too."""
+    attention = "encoder.layer.{i}.attention."
+    projections = (
+        projection_rows(f"{attention}self.{name}", f"layers/attention/{name}") for name in ("query", "key", "value")
+    )
+    return (
+        Row("embeddings.word_embeddings.weight", "embeddings/token/embedding", PadRows(config.vocab_size)),
+        Row("embeddings.token_type_embeddings.weight", "embeddings/type/embedding"),
+        *norm_rows("embeddings.LayerNorm", "embeddings/norm"),
+        *(row for pair in projections for row in pair),
+        *linear_rows(f"{attention}output.dense", "layers/attention/out", inputs=2),
+        *norm_rows(f"{attention}output.LayerNorm", "layers/attention_norm"),
+    )
 
 
-def _norm(hf: str, ours: str) -> tuple[Row, Row]:
-    return Row(f"{hf}.weight", f"{ours}/scale"), Row(f"{hf}.bias", f"{ours}/bias")
+def mlp_rows() -> tuple[Row, ...]:
+    """Returns the part of the table that MPNet has too."""
+    layer = "encoder.layer.{i}."
+    return (
+        *linear_rows(f"{layer}intermediate.dense", "layers/mlp/up"),
+        *linear_rows(f"{layer}output.dense", "layers/mlp/down"),
+        *norm_rows(f"{layer}output.LayerNorm", "layers/mlp_norm"),
+    )
 
 
 def pooler_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
@@ -71,8 +75,25 @@ def config_from_hf(hf: Mapping[str, Any], where: str = "config.json") -> BertCon
     Raises:
       UserError: a size is missing or no whole number, or the config asks for something that the model cannot do.
     """
+    position_type = hf.get("position_embedding_type") or "absolute"
+    if position_type != "absolute":
+        raise UserError(f"{where}: position_embedding_type = {position_type!r} is not supported; supported: 'absolute'")
+    return config_of_fields(
+        hf,
+        where,
+        activation=read_activation(hf, "hidden_act", where, "gelu"),
+        position_offset=0 if hf["model_type"] == "bert" else _pad_id(hf, where, ROBERTA_PAD_ID) + 1,
+        type_vocab=read_count(hf, "type_vocab_size", where, 2),
+    )
+
+
+def config_of_fields(hf: Mapping[str, Any], where: str, **particular: Any) -> BertConfig:
+    """Reads the fields that the whole family has; `particular` are those of BertConfig that are not the same in all.
+
+    Raises:
+      UserError: see `config_from_hf`.
+    """
     refused = {
-        "position_embedding_type": (hf.get("position_embedding_type") or "absolute", "absolute"),
         "is_decoder": (bool(hf.get("is_decoder")), False),
         "add_cross_attention": (bool(hf.get("add_cross_attention")), False),
         "embedding_size": (hf.get("embedding_size", hf.get("hidden_size")), hf.get("hidden_size")),
@@ -87,11 +108,9 @@ def config_from_hf(hf: Mapping[str, Any], where: str = "config.json") -> BertCon
         heads=read_count(hf, "num_attention_heads", where),
         mlp_width=read_count(hf, "intermediate_size", where),
         positions=read_count(hf, "max_position_embeddings", where, 512),
-        type_vocab=read_count(hf, "type_vocab_size", where, 2),
         norm_eps=read_number(hf, "layer_norm_eps", where, 1e-12),
-        activation=read_activation(hf, "hidden_act", where, "gelu"),
-        position_offset=0 if hf["model_type"] == "bert" else _pad_id(hf, where, ROBERTA_PAD_ID) + 1,
         initializer_range=read_number(hf, "initializer_range", where, 0.02),
+        **particular,
     )
     if config.width % config.heads:
         raise UserError(f"{where}: hidden_size = {config.width} is no multiple of num_attention_heads = {config.heads}")
@@ -122,24 +141,19 @@ def fresh_hf_config(
     Raises:
       UserError: a field is unknown, or what `config_from_hf` refuses.
     """
-    pad_id = shape.get("pad_token_id", max(tokenizer.pad_id, 0))
-    ends = {"bos_token_id": tokenizer.cls_id, "eos_token_id": max(tokenizer.eos_id, tokenizer.sep_id)}
+    tokens = token_fields(tokenizer)
+    offset = 0 if model_type == "bert" else _pad_id(shape, where, tokens["pad_token_id"]) + 1
     known = {
-        "vocab_size": tokenizer.vocab_size,
         **dict.fromkeys(SIZES),
         "hidden_act": "gelu",
         "hidden_dropout_prob": 0.1,
         "attention_probs_dropout_prob": 0.1,
-        "max_position_embeddings": 512 + (0 if model_type == "bert" else _pad_id(shape, where, pad_id) + 1),
+        "max_position_embeddings": 512 + offset,
         "type_vocab_size": 2 if model_type == "bert" else 1,
         "initializer_range": 0.02,
         "layer_norm_eps": 1e-12 if model_type == "bert" else 1e-5,
-        "pad_token_id": pad_id,
-        **{name: token_id for name, token_id in ends.items() if token_id >= 0},
+        **tokens,
     }
-    for field in shape:
-        if field not in known:
-            raise UserError(f"{where}: {model_type} has no field {field!r}{nearest(field, known)}")
-    hf_config = {"model_type": model_type, **known, **shape}
+    hf_config = filled(model_type, known, shape, where)
     config_from_hf(hf_config, where)
     return hf_config

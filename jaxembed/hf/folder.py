@@ -23,7 +23,9 @@ LEGACY_POOLING = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-MODULE_ORDER = ("Transformer", "Pooling", "Dense", "Normalize")
+MODULE_ORDER = ("Transformer", "WeightedLayerPooling", "LatentAttention", "Pooling", "Dense", "Normalize")
+# A module of ours, known by this name; the file of that name in the folder, which other programs run, is not looked at.
+LATENT_ATTENTION = "modeling_latent_attention.LatentAttention"
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 TRANSFORMER_CONFIGS = tuple(
     f"sentence_{name}_config.json"
@@ -43,6 +45,26 @@ class Dense:
 
 
 @dataclasses.dataclass(frozen=True)
+class LayerPooling:
+    """A trained mean of the states of layer `first` (0 = the embeddings) and those above.
+
+    Its tensor is `layer_weights` in `path`.
+    """
+
+    path: pathlib.Path
+    first: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Latent:
+    """Latent attention over the token states; see `jaxembed.models.latent_attention`. Its tensors are in `path`."""
+
+    path: pathlib.Path
+    latents: int
+    heads: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Folder:
     """A model folder, read.
 
@@ -52,8 +74,10 @@ class Folder:
       hf_config: the content of config.json.
       architecture: that of its model_type.
       config: the backbone's config, made from hf_config.
-      pooling: 'mean' | 'cls' | 'last' | 'weighted_mean'.
+      pooling: 'mean' | 'cls' | 'last' | 'weighted_mean' | 'latent'.
       pool_prompt: whether the prompt's tokens are pooled.
+      layer_pooling: the mean of layers before pooling, or None.
+      latent: the attention before pooling, where that is 'latent', else None.
       normalize: whether vectors are brought to length 1.
       dense: the layer after pooling, or None.
       max_length: longest text in tokens, special tokens included.
@@ -70,6 +94,8 @@ class Folder:
     config: Any
     pooling: str
     pool_prompt: bool
+    layer_pooling: LayerPooling | None
+    latent: Latent | None
     normalize: bool
     dense: Dense | None
     max_length: int
@@ -99,6 +125,9 @@ def read_folder(path: pathlib.Path) -> Folder:
     arch = architecture(hf_config.get("model_type"), str(config_file))
     config = arch.config_from_hf(hf_config, str(config_file))
     pooling, pool_prompt = _read_pooling(modules["Pooling"]) if "Pooling" in modules else ("mean", True)
+    latent = _read_latent(modules["LatentAttention"], config.width) if "LatentAttention" in modules else None
+    if latent and pooling != "mean":
+        raise UserError(f"{modules['Pooling'] / 'config.json'}: latent attention with pooling other than the mean")
     if "Normalize" in modules:
         _check_vector_names(modules["Normalize"] / "config.json")
     return Folder(
@@ -107,8 +136,14 @@ def read_folder(path: pathlib.Path) -> Folder:
         hf_config=hf_config,
         architecture=arch,
         config=config,
-        pooling=pooling,
+        pooling="latent" if latent else pooling,
         pool_prompt=pool_prompt,
+        layer_pooling=(
+            _read_layer_pooling(modules["WeightedLayerPooling"], hf_config, config.layers)
+            if "WeightedLayerPooling" in modules
+            else None
+        ),
+        latent=latent,
         normalize="Normalize" in modules,
         dense=_read_dense(modules["Dense"], config.width) if "Dense" in modules else None,
         max_length=_read_max_length(transformer, config.max_length),
@@ -129,7 +164,7 @@ def _modules(path: pathlib.Path) -> dict[str, pathlib.Path]:
         if not isinstance(place, str):
             raise UserError(f"{file}: the path {place!r} of an entry is no string")
         package, kind = entry["type"].split(".")[0], entry["type"].rsplit(".")[-1]
-        if package != "sentence_transformers":
+        if package != "sentence_transformers" and entry["type"] != LATENT_ATTENTION:
             raise UserError(f"{file}: module {entry['type']!r} is a class of its own; code of folders is never run")
         if kind not in MODULE_ORDER:
             raise UserError(f"{file}: module {entry['type']!r} is not supported; supported: {', '.join(MODULE_ORDER)}")
@@ -137,9 +172,10 @@ def _modules(path: pathlib.Path) -> dict[str, pathlib.Path]:
             raise UserError(f"{file}: has more than one {kind} module; one is supported")
         modules[kind] = inside(path, place, file)
     kinds = tuple(modules)
-    if kinds[:2] != MODULE_ORDER[:2] or kinds != tuple(k for k in MODULE_ORDER if k in modules):
+    if not {"Transformer", "Pooling"} <= modules.keys() or kinds != tuple(k for k in MODULE_ORDER if k in modules):
         found = ", ".join(kinds) or "none"
-        raise UserError(f"{file}: modules {found}; supported: Transformer, Pooling, then if any Dense, Normalize")
+        supported = "supported: Transformer, Pooling, then if any Dense, Normalize"
+        raise UserError(f"{file}: modules {found}; {supported} (WeightedLayerPooling and ours before Pooling)")
     return modules
 
 
@@ -153,6 +189,26 @@ def _read_pooling(folder: pathlib.Path) -> tuple[str, bool]:
     if not isinstance(modes, list) or len(modes) != 1 or modes[0] not in POOLING_MODES:
         raise UserError(f"{file}: pooling {modes!r} is not supported; supported: one of {', '.join(POOLING_MODES)}")
     return POOLING_MODES[modes[0]], bool(config.get("include_prompt", True))
+
+
+def _read_layer_pooling(folder: pathlib.Path, hf_config: Mapping[str, Any], layers: int) -> LayerPooling:
+    file = inside(folder, "config.json", folder)
+    config = read_json(file)
+    first, n = config.get("layer_start", 4), config.get("num_hidden_layers", 12)  # their defaults
+    if type(first) is not int or not 0 <= first <= layers or n != layers:
+        raise UserError(f"{file}: layer_start = {first!r}, num_hidden_layers = {n!r} do not fit {layers} layers")
+    if hf_config.get("output_hidden_states") is not True:  # sentence-transformers would silently skip the module
+        raise UserError(f"{file}: a mean of layers, but config.json lacks output_hidden_states: true; add it there")
+    return LayerPooling(folder, first)
+
+
+def _read_latent(folder: pathlib.Path, width: int) -> Latent:
+    file = inside(folder, "config.json", folder)
+    config = read_json(file)
+    sizes = [config.get(key) for key in ("width", "latents", "heads")]
+    if not all(type(size) is int and size > 0 for size in sizes) or sizes[0] != width or width % sizes[2]:
+        raise UserError(f"{file}: width, latents, heads = {sizes} do not fit a model of width {width}")
+    return Latent(folder, *sizes[1:])
 
 
 def _read_dense(folder: pathlib.Path, width: int) -> Dense:

@@ -6,10 +6,25 @@ import numpy as np
 
 from jaxembed.hf.folder import Dense, Folder
 from jaxembed.hf.safetensors_io import open_tensors
-from jaxembed.hf.table import LazyLeaf, Linear, Row, Shape, import_leaves
+from jaxembed.hf.table import Flat, LazyLeaf, Linear, Row, Shape, import_leaves
 
 DENSE_WEIGHT = Row("linear.weight", "projection/kernel", Linear())
 DENSE_BIAS = Row("linear.bias", "projection/bias")
+LAYER_WEIGHTS = Row("layer_weights", "layer_mean/scale")
+LATENT_ROWS = (
+    Row("latents", "latent_attention/latents"),
+    *(
+        Row(f"{norm}.{theirs}", f"latent_attention/{norm}/{ours}")
+        for norm in ("query_norm", "latent_norm", "mlp_norm")
+        for theirs, ours in (("weight", "scale"), ("bias", "bias"))
+    ),
+    *(Row(f"{name}.weight", f"latent_attention/{name}/kernel", Linear()) for name in ("query", "key", "value")),
+    Row("out.weight", "latent_attention/out/kernel", Linear(inputs=2)),
+    Row("up.weight", "latent_attention/up/kernel", Linear()),
+    Row("up.bias", "latent_attention/up/bias", Flat()),
+    Row("down.weight", "latent_attention/down/kernel", Linear()),
+    Row("down.bias", "latent_attention/down/bias"),
+)
 
 
 def dense_rows(bias: bool) -> tuple[Row, ...]:
@@ -53,6 +68,25 @@ def projection_leaves(dense: Dense) -> dict[str, LazyLeaf]:
     if dense.bias:
         shapes[DENSE_BIAS.ours] = (dense.out_features,)
     return import_leaves(dense_rows(dense.bias), open_tensors(dense.path), shapes, 0, where=str(dense.path))
+
+
+def head_leaves(folder: Folder, shapes: Mapping[str, Shape]) -> dict[str, LazyLeaf]:
+    """Finds the weights of the modules behind the backbone that a model has too.
+
+    Args:
+      folder: from `read_folder`.
+      shapes: path → shape of every leaf of the model.
+
+    Raises:
+      UserError: a file is damaged, or its tensors do not fit.
+    """
+    leaves = projection_leaves(folder.dense) if folder.dense else {}
+    modules = ((folder.layer_pooling, (LAYER_WEIGHTS,)), (folder.latent, LATENT_ROWS))
+    for module, rows in modules:
+        wanted = {row.ours: shapes[row.ours] for row in rows if row.ours in shapes}
+        if module and wanted:
+            leaves |= import_leaves(rows, open_tensors(module.path), wanted, 0, where=str(module.path))
+    return leaves
 
 
 def unused_tensors(folder: Folder) -> dict[str, np.ndarray]:

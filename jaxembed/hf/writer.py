@@ -10,7 +10,7 @@ import os
 import pathlib
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -18,17 +18,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxembed.errors import UserError
-from jaxembed.hf.architectures import Architecture
+from jaxembed.hf.architectures import ANY_TRANSFORMERS, Architecture
+from jaxembed.hf.attention_modes import IS_CAUSAL_SINCE, portable
 from jaxembed.hf.files import read_optional_json
-from jaxembed.hf.folder import LEGACY_POOLING, POOLING_MODES
+from jaxembed.hf.folder import LATENT_ATTENTION, LEGACY_POOLING, POOLING_MODES
 from jaxembed.hf.safetensors_io import write_tensors
-from jaxembed.hf.table import export_tensors
-from jaxembed.hf.weights import DENSE_BIAS, DENSE_WEIGHT, dense_rows
+from jaxembed.hf.table import Row, export_tensors
+from jaxembed.hf.weights import DENSE_BIAS, DENSE_WEIGHT, LATENT_ROWS, LAYER_WEIGHTS, dense_rows
 
 Array = np.ndarray | jax.Array
 
 SETTINGS = "config_sentence_transformers.json"
-MODULE_TYPE = "sentence_transformers.models."
+MODULE_TYPES = {
+    **{
+        name: f"sentence_transformers.models.{name}"
+        for name in ("Transformer", "WeightedLayerPooling", "Pooling", "Dense", "Normalize")
+    },
+    "LatentAttention": LATENT_ATTENTION,
+}
+LATENT_CODE = pathlib.Path(__file__).with_name(f"{LATENT_ATTENTION.split('.')[0]}.py")  # copied, never imported
 # Of the format, not of a program: the first sentence-transformers that reads all fields. `jaxembed` marks the folder as
 # one that may be replaced.
 VERSIONS = {"jaxembed": "1", "sentence_transformers": "3.0.0"}
@@ -38,6 +46,8 @@ DROPPED = ("_name_or_path", "auto_map", "quantization_config", "transformers_ver
 
 class SavedTokenizer(Protocol):
     """What is asked of a tokenizer; see `jaxembed.data.tokenizer.Tokenizer`."""
+
+    in_template: bool
 
     def save(self, folder: pathlib.Path, max_length: int) -> None: ...
 
@@ -60,6 +70,7 @@ def write_folder(
     similarity: str = "cosine",
     truncate_dim: int = 0,
     dtype: str = "float32",
+    head: Mapping[str, Array] | None = None,
     unused: Mapping[str, np.ndarray] | None = None,
     extra_files: Mapping[str, bytes] | None = None,
 ) -> None:
@@ -72,7 +83,7 @@ def write_folder(
       config: the backbone's config; `hf_config` must say the same.
       leaves: path → array of every leaf of the backbone.
       tokenizer: writes its own files.
-      pooling: 'mean' | 'cls' | 'last' | 'weighted_mean'.
+      pooling: 'mean' | 'cls' | 'last' | 'weighted_mean' | 'latent', which only opens with trust_remote_code elsewhere.
       pool_prompt: whether the prompt's tokens are pooled.
       normalize: whether vectors are brought to length 1.
       projection: kernel [D, E] and bias [E] or None of the layer after pooling; None for no such layer.
@@ -82,6 +93,8 @@ def write_folder(
       similarity: 'cosine' | 'dot' | 'euclidean' | 'manhattan'.
       truncate_dim: vectors are cut to this many dimensions after all else; 0 for not.
       dtype: of the tensors written: 'float32' | 'bfloat16' | 'float16'.
+      head: path → array of every leaf of a mean of layers (config.json then says output_hidden_states) and of latent
+        attention; others are not looked at.
       unused: from `jaxembed.hf.weights.unused_tensors`; those not given are written as zeros.
       extra_files: name → content of further files, such as README.md.
 
@@ -91,6 +104,16 @@ def write_folder(
     """
     if architecture.config_from_hf(hf_config, "hf_config") != config:
         raise ValueError(f"hf_config does not describe the backbone {config}")
+    if not portable(hf_config):
+        raise UserError(
+            f"{out}: no folder can say to other programs what this model's attention sees (config.model.attention, "
+            ".attention_layers): open the run itself, with Embedder.load or jaxembed.evaluate"
+        )
+    if not pool_prompt and tokenizer.in_template:
+        raise UserError(
+            f"{out}: no folder can say to other programs that only a part of what stands in a template is pooled "
+            "(config.model.template): open the run itself, or train with config.model.pooling = 'last'"
+        )
     if default_prompt_name and default_prompt_name not in prompts:
         raise ValueError(f"default_prompt_name {default_prompt_name!r} is not one of the prompts")
     kind = jnp.dtype(dtype)
@@ -100,19 +123,15 @@ def write_folder(
         write_tensors(folder, _backbone_tensors(architecture, config, leaves, unused or {}, kind))
         tokenizer.save(folder, max_length)
         _write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
-        modules = [("Transformer", ""), ("Pooling", "1_Pooling")]
-        _write_pooling(folder / "1_Pooling", width, pooling, pool_prompt)
-        if projection is not None:
-            modules.append(("Dense", "2_Dense"))
-            _write_dense(folder / "2_Dense", *projection, kind)
+        kinds = _write_modules(folder, width, pooling, pool_prompt, projection, head or {}, config.layers, kind)
+        modules = [*kinds, "Normalize"] if normalize else kinds
         if normalize:
-            modules.append(("Normalize", f"{len(modules)}_Normalize"))
-            (folder / modules[-1][1]).mkdir()
+            (folder / f"{len(kinds)}_Normalize").mkdir()
         _write_json(
             folder / "modules.json",
             [
-                {"idx": i, "name": str(i), "path": path, "type": MODULE_TYPE + name}
-                for i, (name, path) in enumerate(modules)
+                {"idx": i, "name": str(i), "path": f"{i}_{name}" if i else "", "type": MODULE_TYPES[name]}
+                for i, name in enumerate(modules)
             ],
         )
         settings = {
@@ -122,6 +141,7 @@ def write_folder(
             "default_prompt_name": default_prompt_name or None,
             "similarity_fn_name": similarity,
             **({"truncate_dim": truncate_dim} if truncate_dim else {}),
+            **_requirements(architecture, hf_config),
         }
         _write_json(folder / SETTINGS, settings)
         for name, content in (extra_files or {}).items():
@@ -131,7 +151,18 @@ def write_folder(
 def _model_config(hf_config: Mapping[str, Any], architecture: Architecture, dtype: str) -> dict[str, Any]:
     """config.json; the dtype under its names in transformers 5 and 4."""
     kept = {key: value for key, value in hf_config.items() if key not in DROPPED}
+    if not architecture.fixed_attention:
+        kept["use_cache"] = False  # of keys and values, which only generating has a use for
     return {**kept, "architectures": [architecture.hf_class], "dtype": dtype, "torch_dtype": dtype}
+
+
+def _requirements(architecture: Architecture, hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """What sentence-transformers 6 checks before it opens the folder: an older transformers would misread it."""
+    needed = [architecture.transformers]
+    if "is_causal" in hf_config:
+        needed.append(IS_CAUSAL_SINCE)
+    newest = max(needed, key=lambda version: [int(part) for part in version.split(".")])
+    return {"requirements": {"transformers": f">={newest}"}} if newest != ANY_TRANSFORMERS else {}
 
 
 def _backbone_tensors(
@@ -147,6 +178,41 @@ def _backbone_tensors(
         yield name, unused[name].astype(dtype, copy=False) if name in unused else np.zeros(shape, dtype)
 
 
+def _write_modules(
+    folder: pathlib.Path,
+    width: int,
+    pooling: str,
+    pool_prompt: bool,
+    projection: tuple[Array, Array | None] | None,
+    head: Mapping[str, Array],
+    layers: int,
+    dtype: np.dtype,
+) -> list[str]:
+    """Writes what follows the backbone, each module into NUMBER_KIND; returns the kinds, the backbone's first."""
+    kinds = ["Transformer"]
+
+    def add(kind: str) -> pathlib.Path:
+        kinds.append(kind)
+        return folder / f"{len(kinds) - 1}_{kind}"
+
+    if LAYER_WEIGHTS.ours in head:
+        first = layers + 1 - len(head[LAYER_WEIGHTS.ours])
+        config = {"word_embedding_dimension": width, "layer_start": first, "num_hidden_layers": layers}
+        _write_module(add("WeightedLayerPooling"), config, (LAYER_WEIGHTS,), head, dtype)
+    if pooling == "latent":
+        config = {
+            "width": width,
+            "latents": len(head["latent_attention/latents"]),
+            "heads": head["latent_attention/query/kernel"].shape[1],
+        }
+        _write_module(add("LatentAttention"), config, LATENT_ROWS, head, dtype)
+        shutil.copy(LATENT_CODE, folder)
+    _write_pooling(add("Pooling"), width, "mean" if pooling == "latent" else pooling, pool_prompt)
+    if projection is not None:
+        _write_dense(add("Dense"), *projection, dtype)
+    return kinds
+
+
 def _write_pooling(folder: pathlib.Path, width: int, pooling: str, pool_prompt: bool) -> None:
     theirs = {ours: name for name, ours in POOLING_MODES.items()}[pooling]
     folder.mkdir()
@@ -155,16 +221,22 @@ def _write_pooling(folder: pathlib.Path, width: int, pooling: str, pool_prompt: 
 
 
 def _write_dense(folder: pathlib.Path, kernel: Array, bias: Array | None, dtype: np.dtype) -> None:
-    folder.mkdir()
     config = {
         "in_features": kernel.shape[0],
         "out_features": kernel.shape[1],
         "bias": bias is not None,
         "activation_function": "torch.nn.modules.linear.Identity",
     }
-    _write_json(folder / "config.json", config)
     leaves = {DENSE_WEIGHT.ours: kernel} | ({} if bias is None else {DENSE_BIAS.ours: bias})
-    tensors = export_tensors(dense_rows(bias is not None), leaves, 0)
+    _write_module(folder, config, dense_rows(bias is not None), leaves, dtype)
+
+
+def _write_module(
+    folder: pathlib.Path, config: dict[str, Any], rows: Sequence[Row], leaves: Mapping[str, Array], dtype: np.dtype
+) -> None:
+    folder.mkdir()
+    _write_json(folder / "config.json", config)
+    tensors = export_tensors(rows, {row.ours: leaves[row.ours] for row in rows}, 0)
     write_tensors(folder, ((name, tensor.astype(dtype, copy=False)) for name, tensor in tensors))
 
 

@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import jax
 
+from jaxembed import sharding
+
 REMAT: dict[str, Callable | None] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -26,7 +28,7 @@ class ModelOptions:
     def layers_per_iteration(self, layers: int) -> int:
         """How many layers an iteration of the layer scan holds."""
         # On CPU a loop's residuals are copied into and out of its stacks, a sixth of a step's time for MiniLM.
-        return self.unroll or (layers if jax.default_backend() == "cpu" else 1)
+        return self.unroll or (layers if sharding.platform() == "cpu" else 1)
 
 
 def per_layer(values: tuple[str, ...], layers: int) -> tuple[str, ...]:

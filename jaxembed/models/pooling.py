@@ -1,17 +1,35 @@
 """From token states to one vector per span.
 
 Every mode is a weighted mean over the span's tokens, so one function serves all: weights per token, summed by slot.
-The modes mean what sentence-transformers' Pooling means by them, prompts left out or not.
+The modes mean what sentence-transformers' Pooling means by them, prompts left out or not. Before it, `LayerMean` may
+mix the states of several layers, and `latent_attention.LatentAttention` may transform them.
 """
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxembed.data.batch import Rows
 from jaxembed.sharding import BATCH, ROWS, STATES
 
-MODES = ("mean", "cls", "last", "weighted_mean")
+MODES = ("mean", "cls", "last", "weighted_mean")  # 'latent' is the mean after latent attention
+
+
+class LayerMean(nnx.Module):
+    """A trained weighted mean of the states of several layers: sum(w_l · h_l) / sum(w_l).
+
+    As sentence-transformers' WeightedLayerPooling has it; the idea of mixing layers is that of ELMo (Peters et al.
+    2018, arXiv:1802.05365). The weights, n of them, start at 1; they are float32 whatever the others are.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self.scale = nnx.Param(jnp.ones(layers, jnp.float32, out_sharding=P(None)))
+
+    def __call__(self, hidden_NxRxLxD: jax.Array) -> jax.Array:
+        """Returns the mean [R, L, D] in float32."""
+        weights = self.scale[...]
+        return jnp.einsum("n,nrld->rld", weights, hidden_NxRxLxD.astype(jnp.float32)) / weights.sum()
 
 
 def token_weights(rows: Rows, mode: str, pool_prompt: bool) -> jax.Array:

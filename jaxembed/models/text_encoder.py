@@ -11,13 +11,16 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxembed.data.batch import Rows
+from jaxembed.models.latent_attention import LatentAttention
 from jaxembed.models.layers.dropout import Noise
 from jaxembed.models.layers.linear import Linear
+from jaxembed.models.lora import Lora, attach, is_adapter
 from jaxembed.models.options import ModelOptions
-from jaxembed.models.pooling import pool
+from jaxembed.models.pooling import LayerMean, pool
 from jaxembed.sharding import BATCH
 
 Params = dict[str, Any]  # a nested dict of arrays, the model's or the whole run's
+BACKBONE = "backbone/"  # begins the paths of its parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +28,12 @@ class HeadConfig:
     """How token states become a vector.
 
     Attributes:
-      pooling: one of `pooling.MODES`.
+      pooling: one of `pooling.MODES`, or 'latent': the mean after latent attention.
       pool_prompt: whether the prompt's tokens are pooled.
+      latents: vectors that the tokens attend to, of pooling 'latent'.
+      latent_heads: heads of that attention.
+      pool_layers: what is pooled: a trained mean of the states of this layer (0 = the embeddings) and those above;
+        -1 for the last layer's alone.
       projection: width E of a linear layer after pooling, 0 for none.
       projection_bias: whether it has a bias.
       normalize: vectors of length 1.
@@ -34,13 +41,16 @@ class HeadConfig:
 
     pooling: str = "mean"
     pool_prompt: bool = True
+    latents: int = 0
+    latent_heads: int = 0
+    pool_layers: int = -1
     projection: int = 0
     projection_bias: bool = False
     normalize: bool = True
 
 
 class TextEncoder(nnx.Module):
-    """Backbone, pooling, projection, normalisation.
+    """Backbone, mean of layers, latent attention, pooling, projection, normalisation; not all models have all.
 
     Args:
       key: PRNG key of fresh weights.
@@ -48,6 +58,8 @@ class TextEncoder(nnx.Module):
       config: the backbone's frozen config; has `width` and `initializer_range`.
       head: the head's.
       options: how to compute.
+      lora: adapters of the backbone; None for none. With them the backbone's other weights are not trained, so they are
+        held in the dtype of the computation.
     """
 
     def __init__(
@@ -57,23 +69,39 @@ class TextEncoder(nnx.Module):
         config: Any,
         head: HeadConfig,
         options: ModelOptions,
+        lora: Lora | None = None,
     ) -> None:
         backbone_key, head_key = jax.random.split(key)
-        self.backbone = make_backbone(backbone_key, config, options)
+        of_backbone = dataclasses.replace(options, param_dtype=options.dtype) if lora else options
+        self.backbone = make_backbone(backbone_key, config, of_backbone)
+        if lora:
+            attach(self.backbone, lora, jax.random.fold_in(key, 2))
+        dtype = jnp.dtype(options.param_dtype)
+        if head.pool_layers >= 0:
+            self.layer_mean = LayerMean(config.layers + 1 - head.pool_layers)
+        if head.pooling == "latent":
+            self.latent_attention = LatentAttention(
+                jax.random.fold_in(head_key, 1),
+                config.width,
+                head.latents,
+                head.latent_heads,
+                config.initializer_range,
+                dtype,
+            )
         if head.projection:
             self.projection = Linear(
                 head_key,
                 (("embed", config.width),),
                 ((None, head.projection),),
                 config.initializer_range,
-                jnp.dtype(options.param_dtype),
+                dtype,
                 head.projection_bias,
             )
         self.head = head
 
     def __call__(self, rows: Rows, slots: int, noise: Noise | None = None) -> jax.Array:
         """Returns the vectors of the rows' spans: float32 [S, slots, E] for S batch shards."""
-        return self._vectors(self.backbone(rows, noise).last, rows, slots)
+        return self.at_depths(rows, slots, noise, ())[0]
 
     def at_depths(self, rows: Rows, slots: int, noise: Noise | None, layers: tuple[int, ...]) -> jax.Array:
         """Returns the spans' vectors made of the last layer's states, and of those after each of some layers.
@@ -85,13 +113,16 @@ class TextEncoder(nnx.Module):
           rows: arrays [R, L].
           slots: vectors per bin.
           noise: dropout masks; None switches dropout off.
-          layers: depths, counted from 1.
+          layers: depths, counted from 1; none where the head mixes layers.
 
         Returns:
           float32 [1 + len(layers), S, slots, E]: the whole model's vectors, then each depth's.
         """
-        states = self.backbone(rows, noise, layers)
         depth = self.backbone.config.layers
+        if self.head.pool_layers >= 0:
+            states = self.backbone(rows, noise, tuple(range(self.head.pool_layers, depth + 1)))
+            return self._vectors(self.layer_mean(states.chosen), rows, slots)[None]
+        states = self.backbone(rows, noise, layers)
         chosen = [
             hidden if i == depth else self.backbone.finish(hidden)
             for i, hidden in zip(layers, states.chosen if layers else ())
@@ -100,7 +131,10 @@ class TextEncoder(nnx.Module):
 
     def _vectors(self, hidden_RxLxD: jax.Array, rows: Rows, slots: int) -> jax.Array:
         """Applies the head to token states: float32 [S, slots, E]."""
-        vectors = pool(hidden_RxLxD, rows, slots, self.head.pooling, self.head.pool_prompt)
+        mode = self.head.pooling
+        if mode == "latent":
+            hidden_RxLxD, mode = self.latent_attention(hidden_RxLxD), "mean"
+        vectors = pool(hidden_RxLxD, rows, slots, mode, self.head.pool_prompt)
         if self.head.projection:
             vectors = self.projection(vectors, P(BATCH, None, None))
         return l2_normalize(vectors) if self.head.normalize else vectors
@@ -158,6 +192,24 @@ class ModelFactory:
 
 def _pure(state: nnx.State) -> Params:
     return nnx.to_pure_dict(state)
+
+
+def split(params: Params) -> tuple[Params, Params]:
+    """Cuts a model's parameters into those that are trained and those that are not.
+
+    Returns:
+      The adapters with the head, and the rest of the backbone; all of them and {} where there are no adapters.
+    """
+    leaves = flatten(params)
+    base: Params = {}
+    if any(map(is_adapter, leaves)):
+        base = {path: x for path, x in leaves.items() if path.startswith(BACKBONE) and not is_adapter(path)}
+    return unflatten({path: x for path, x in leaves.items() if path not in base}), unflatten(base)
+
+
+def join(trained: Params, base: Params) -> Params:
+    """The inverse of `split`."""
+    return unflatten(flatten(trained) | flatten(base))
 
 
 def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -36,6 +36,7 @@ POOLING = {
     "weighted_mean": "mean of the token states, weighted by their positions",
     "cls": "state of the first token",
     "last": "state of the last token",
+    "latent": "mean of the token states after latent attention",
 }
 
 
@@ -147,7 +148,12 @@ def _properties(embedder: "Embedder") -> str:
     backbone = blueprint.backbone
     count = sum(leaf.size for leaf in jax.tree.leaves(embedder.params))
     length = "1 before it is cut" if blueprint.truncate_dim else "1"
-    pooling = POOLING[head.pooling] + ("" if head.pool_prompt else ", the prompt's left out")
+    mixed = f", each a trained mean over layers {head.pool_layers} to {backbone.layers}"
+    pooling = (
+        POOLING[head.pooling]
+        + (mixed if head.pool_layers >= 0 else "")
+        + ("" if head.pool_prompt else ", the prompt's left out")
+    )
     rows = [
         ("architecture", f"`{blueprint.architecture.model_type}`, {backbone.layers} layers of width {backbone.width}"),
         ("parameters", f"{count:,}"),
@@ -164,12 +170,16 @@ def _properties(embedder: "Embedder") -> str:
 
 
 def _usage(embedder: "Embedder") -> str:
+    head = embedder.blueprint.head
+    own_modules = head.pooling == "latent" or head.pool_layers >= 0  # too long to write out
     pieces = [
-        ("sentence-transformers", sentence_transformers_code()),
-        ("transformers", transformers_code(embedder)),
+        ("sentence-transformers", sentence_transformers_code(embedder)),
+        *([] if own_modules else [("transformers", transformers_code(embedder))]),
         ("JAX", jax_code()),
     ]
-    return "## Usage\n\n" + "\n".join(f"With {name}:\n\n```python\n{text}```\n" for name, text in pieces)
+    trust = "The latent attention is code of this folder, which only runs with `trust_remote_code=True`.\n\n"
+    said = trust if head.pooling == "latent" else ""
+    return f"## Usage\n\n{said}" + "\n".join(f"With {name}:\n\n```python\n{text}```\n" for name, text in pieces)
 
 
 def _evaluation(record: RunRecord) -> str:

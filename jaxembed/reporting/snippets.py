@@ -12,11 +12,12 @@ QUERIES = '["What do bees make honey from?"]'
 DOCUMENTS = '["Bees turn the nectar of flowers into honey.", "A violin has four strings."]'
 
 
-def sentence_transformers_code() -> str:
-    """Returns how sentence-transformers loads it."""
+def sentence_transformers_code(model: Embedder) -> str:
+    """Returns how sentence-transformers loads it; latent attention is a module that comes with the folder."""
+    trust = ", trust_remote_code=True" if model.blueprint.head.pooling == "latent" else ""
     return f"""from sentence_transformers import SentenceTransformer
 
-model = SentenceTransformer(".")  # this folder, or its name on the hub
+model = SentenceTransformer("."{trust})  # this folder, or its name on the hub
 queries = model.encode_query({QUERIES})
 documents = model.encode_document({DOCUMENTS})
 scores = model.similarity(queries, documents)

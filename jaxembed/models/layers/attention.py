@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxembed.errors import UserError
 from jaxembed.models.layers.dropout import Noise, dropout_weights
-from jaxembed.sharding import BATCH, ROWS
+from jaxembed.sharding import BATCH, ROWS, platform
 
 MASKED = -1e30  # finite: a row without any allowed key must not become NaN
 KERNEL_BLOCK = 128  # the kernels want rows in multiples of this many tokens
@@ -108,7 +108,7 @@ def attention(
     spec = spec.in_rows_of(query_RxLxHxK.shape[1])
     key_RxLxHxK, value_RxLxHxK = (_for_each_head(x, query_RxLxHxK.shape[2]) for x in (key_RxLxGxK, value_RxLxGxK))
     if bias_HxW is None and _use_kernel(query_RxLxHxK, spec, noise):
-        kernel = KERNELS[jax.default_backend()]
+        kernel = KERNELS[platform()]
         return kernel_attention(query_RxLxHxK, key_RxLxHxK, value_RxLxHxK, segment_ids_RxL, spec, kernel)
     allowed = _allowed(segment_ids_RxL, spec, prefix_RxL)
     return _xla_attention(query_RxLxHxK, key_RxLxHxK, value_RxLxHxK, allowed, spec, noise, place, bias_HxW)
@@ -174,7 +174,7 @@ def _by_distance(bias_HxW: jax.Array, length: int) -> jax.Array:
 def _use_kernel(query: jax.Array, spec: AttentionSpec, noise: Noise | None) -> bool:
     if spec.kernel == "xla" or (spec.dropout > 0 and noise is not None):
         return False
-    obstacle = _obstacle(query, spec, jax.default_backend())
+    obstacle = _obstacle(query, spec, platform())
     if obstacle and spec.kernel == "pallas":
         raise UserError(f"config.model.attention_kernel = 'pallas': {obstacle}; or take 'xla'")
     return not obstacle
@@ -268,4 +268,4 @@ def _splash(
     return jax.vmap(attend)(query, key, value, segments).transpose(0, 2, 1, 3)
 
 
-KERNELS: dict[str, Kernel] = {"gpu": _triton, "tpu": _splash}  # by jax.default_backend()
+KERNELS: dict[str, Kernel] = {"gpu": _triton, "tpu": _splash}  # by platform

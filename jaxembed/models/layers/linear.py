@@ -1,5 +1,7 @@
 """Linear layers, embedding tables and normalisation, with their shardings."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -35,6 +37,7 @@ class Linear(nnx.Module):
             self.bias = nnx.Param(jnp.zeros(shape_out, dtype, out_sharding=sharding.spec(*names_out, gathered=True)))
         self.names = names
         self.n_inputs = len(inputs)
+        self.adapter: nnx.Module | None = nnx.data(None)  # see `jaxembed.models.lora`
 
     def __call__(
         self, x: jax.Array, out_spec: P, noise: Noise | None = None, place: jax.typing.ArrayLike = 0
@@ -50,10 +53,31 @@ class Linear(nnx.Module):
         Returns:
           [..., outputs] in x's dtype.
         """
-        kernel = jax.sharding.reshard(self.kernel[...].astype(x.dtype), sharding.spec(*self.names, gathered=True))
-        contracted = tuple(range(x.ndim - self.n_inputs, x.ndim)), tuple(range(self.n_inputs))
-        y = jax.lax.dot_general(x, kernel, (contracted, ((), ())), out_sharding=out_spec)
+        y = _product(x, self.kernel[...], sharding.spec(*self.names, gathered=True), self.n_inputs, out_spec)
+        if self.adapter is not None:
+            y += self.adapter(x, out_spec, noise, place)
         return y + self.bias[...].astype(x.dtype) if self.use_bias else y
+
+
+def _contract(x: jax.Array, kernel: jax.Array, gathered: P, n_inputs: int, out_spec: P) -> jax.Array:
+    """Contracts x [..., inputs] with a kernel [inputs, outputs] that is cast and gathered for it."""
+    kernel = jax.sharding.reshard(kernel.astype(x.dtype), gathered)
+    contracted = tuple(range(x.ndim - n_inputs, x.ndim)), tuple(range(n_inputs))
+    return jax.lax.dot_general(x, kernel, (contracted, ((), ())), out_sharding=out_spec)
+
+
+def _forward(x: jax.Array, kernel: jax.Array, *how: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _contract(x, kernel, *how), (x, kernel)
+
+
+def _backward(gathered: P, n_inputs: int, out_spec: P, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> Any:
+    return jax.vjp(lambda x, kernel: _contract(x, kernel, gathered, n_inputs, out_spec), *saved)[1](g)
+
+
+# The backward pass casts and gathers anew. By itself it would hold what the forward pass made, a copy of every layer's
+# kernels: a model's worth of memory.
+_product = jax.custom_vjp(_contract, nondiff_argnums=(2, 3, 4))
+_product.defvjp(_forward, _backward)
 
 
 class Embedding(nnx.Module):

@@ -1,5 +1,6 @@
 """Attention against a float64 loop over tokens; the kernels, emulated, against XLA, and lowered for their platforms."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -35,16 +36,33 @@ def make_case(rows: int, length: int, heads: int, width: int, seed: int = 0) -> 
     return *arrays, segment_ids
 
 
-def reference(query, key, value, segment_ids, causal: bool) -> np.ndarray:
+def seen_by(at: int, segment_ids: np.ndarray, spec: AttentionSpec, prefix: np.ndarray | None = None) -> np.ndarray:
+    """Which tokens of a row the token at `at` sees, by the definition: bool [L]."""
+    place = np.arange(len(segment_ids))
+    seen = segment_ids == segment_ids[at]
+    if spec.mode == "causal":
+        seen &= place <= at
+    elif spec.mode == "prefix":
+        seen &= (place <= at) | prefix
+    return seen & (np.abs(place - at) <= spec.reach) if spec.reach else seen
+
+
+def reference(
+    query, key, value, segment_ids, causal: bool = False, spec: AttentionSpec | None = None, prefix=None, bias=None
+) -> np.ndarray:
     """The definition, in float64."""
+    spec = spec or AttentionSpec(MODE[causal])
     query, key, value = (x.astype(np.float64) for x in (query, key, value))
+    key, value = (np.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
     out = np.zeros_like(query)
     length = query.shape[1]
     for row, at in np.ndindex(query.shape[:2]):
-        seen = segment_ids[row] == segment_ids[row, at]
-        if causal:
-            seen &= np.arange(length) <= at
-        scores = np.einsum("hk,mhk->hm", query[row, at], key[row, seen]) / np.sqrt(query.shape[-1])
+        seen = seen_by(at, segment_ids[row], spec, None if prefix is None else prefix[row])
+        scores = np.einsum("hk,mhk->hm", query[row, at], key[row, seen]) * (spec.scale or 1 / np.sqrt(query.shape[-1]))
+        if spec.softcap:
+            scores = spec.softcap * np.tanh(scores / spec.softcap)
+        if bias is not None:
+            scores += bias[:, length - 1 + np.flatnonzero(seen) - at]
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         out[row, at] = np.einsum("hm,mhk->hk", weights / weights.sum(-1, keepdims=True), value[row, seen])
     return out
@@ -77,6 +95,86 @@ def test_xla_equals_the_definition_on_every_mesh(mesh, causal):
         out = jax.jit(lambda q, k, v, s: attention(q, k, v, s, spec))(*on_mesh(case)[:3], on_mesh(case)[4])
         assert jax.typeof(out).sharding.spec == HEADS
     np.testing.assert_allclose(out, reference(query, key, value, segment_ids, causal), atol=2e-6)
+
+
+SPECS = {
+    "bidirectional": AttentionSpec(),
+    "causal": AttentionSpec("causal"),
+    "bidirectional, a window": AttentionSpec(reach=3),
+    "causal, a window": AttentionSpec("causal", reach=3),
+    "prefix": AttentionSpec("prefix"),
+    "prefix, a window": AttentionSpec("prefix", reach=3),
+    "soft-capped and scaled": AttentionSpec("causal", softcap=0.7, scale=0.9),
+}
+
+
+def prefixes(segment_ids: np.ndarray) -> np.ndarray:
+    """The first two tokens of every text."""
+    before = np.pad(segment_ids, ((0, 0), (2, 0)))[:, :-2]
+    return segment_ids != before
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("mesh", ["1", "fsdp 2, tensor 4", "tensor 2, expert 2, sequence 2"])
+def test_grouped_queries_modes_and_scores_equal_the_definition(mesh, spec):
+    """Two key heads for four query heads: on four devices of `tensor` each key head serves two of them."""
+    query, key, value, _, segment_ids = make_case(2, 24, 4, 8)
+    key, value, prefix = key[:, :, :2], value[:, :, :2], prefixes(segment_ids)
+    bias = np.random.default_rng(1).normal(size=(4, 47)).astype(np.float32) if spec.softcap else None
+    meshes = MESHES | {"1": MeshConfig(1), "fsdp 2, tensor 4": MeshConfig(1, 2, 4)}
+    spec = dataclasses.replace(spec, kernel="xla")
+    with jax.set_mesh(make_mesh(meshes[mesh])):
+        here = jax.sharding.get_mesh()
+        kv_spec = sharding.spec("batch", "sequence", sharding.heads_axis(2), None)
+        q, k, v = (sharding.put(x, here, s) for x, s in ((query, HEADS), (key, kv_spec), (value, kv_spec)))
+        ids, first = (sharding.put(x, here, ROWS) for x in (segment_ids, prefix))
+        run = jax.jit(lambda q, k, v, s, p: attention(q, k, v, s, spec, prefix_RxL=p, bias_HxW=bias))
+        out = run(q, k, v, ids, first)
+        assert jax.typeof(out).sharding.spec == HEADS
+    want = reference(query, key, value, segment_ids, spec=spec, prefix=prefix, bias=bias)
+    np.testing.assert_allclose(out, want, atol=2e-6)
+
+
+BACKENDS = {"xla": tuple(SPECS)[:6], "gpu": ("bidirectional", "causal"), "tpu": tuple(SPECS)[:4]}
+
+
+REACHES = [(backend, name, 4) for backend, names in BACKENDS.items() for name in names]
+REACHES += [(backend, name, 1) for backend in BACKENDS for name in ("bidirectional", "causal")]
+
+
+@pytest.mark.parametrize(("backend", "name", "rows"), REACHES)
+def test_the_gradient_reaches_exactly_what_the_spec_says(backend, name, rows):
+    """Of the first, the last and another token of a text alone in its row, and of texts packed into one.
+
+    Bidirectional: the first token reaches the last. Causal: it reaches itself alone. A window reaches its last token,
+    and not the next. Kernels are emulated; those of the backend that do not know a spec are not asked.
+    """
+    length, spec = 128, SPECS[name]
+    query, key, value, _, segment_ids = make_case(rows, length, 1, 16)
+    segment_ids[0] = LARGE  # alone
+    prefix = prefixes(segment_ids)
+
+    def picked_sum(value, picked, query, key, segment_ids, prefix):
+        if backend == "xla":
+            xla = dataclasses.replace(spec, kernel="xla")
+            out = attention(query, key, value, segment_ids, xla, prefix_RxL=prefix)
+        else:
+            out = kernel_attention(query, key, value, segment_ids, spec, KERNELS[backend], interpret=True)
+        return (out * picked).sum()
+
+    with jax.set_mesh(make_mesh()):
+        here, whole = jax.sharding.get_mesh(), lib.WHOLE_HEADS
+        specs = HEADS, whole, whole, ROWS, ROWS
+        inputs = (sharding.put(*x) for x in zip((query, key, value, segment_ids, prefix), (here,) * 5, specs))
+        query, key, value, ids, first = inputs
+        gradient = jax.jit(jax.grad(picked_sum))
+        for row, at in [(0, 0), (0, length - 1), (0, 60), (rows - 1, 1), (rows - 1, length - 3), (rows // 2, 7)]:
+            picked = np.zeros((rows, length, 1, 1), np.float32)
+            picked[row, at] = 1
+            reached = np.asarray(gradient(value, picked, query, key, ids, first) != 0).any((2, 3))
+            want = np.zeros((rows, length), bool)
+            want[row] = seen_by(at, segment_ids[row], spec, prefix[row])
+            np.testing.assert_array_equal(reached, want, err_msg=f"row {row}, token {at}")
 
 
 def test_texts_and_padding_do_not_mix():
@@ -135,6 +233,20 @@ def test_kernels_equal_xla_in_value_and_gradients(backend, length, width, causal
 
         got = value_and_gradients(emulated, case)
         want = value_and_gradients(lambda *x: attention(*x, AttentionSpec(MODE[causal], kernel="xla")), case)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=TOLERANCE)
+
+
+def test_splash_caps_scales_and_cuts_scores_as_xla_does():
+    spec = AttentionSpec("causal", reach=7, softcap=1.5, scale=0.4)
+    with jax.set_mesh(make_mesh()):
+
+        def emulated(query, key, value, segment_ids):
+            key, value = (jax.sharding.reshard(x, lib.WHOLE_HEADS) for x in (key, value))
+            return kernel_attention(query, key, value, segment_ids, spec, KERNELS["tpu"], interpret=True)
+
+        case, xla = make_case(1, 128, 2, 32), dataclasses.replace(spec, kernel="xla")
+        got, want = (value_and_gradients(f, case) for f in (emulated, lambda *x: attention(*x, xla)))
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=TOLERANCE)
 

@@ -1,0 +1,251 @@
+"""Decoder-shaped transformers: llama, mistral, qwen2, qwen3, gemma2, gemma3_text, phi3.
+
+One block, normalised before each sub-layer, with rotary positions, grouped queries and a gated MLP (Llama, Touvron et
+al. 2023, arXiv:2302.13971). What differs between the families is in the config: biases (Qwen 2, arXiv:2407.10671),
+norms of queries and keys (Qwen 3, arXiv:2505.09388), windows (Mistral, arXiv:2310.06825), norms behind the sub-layers
+and soft-capped scores (Gemma 2, arXiv:2408.00118), other rotary positions in local layers (Gemma 3, arXiv:2503.19786).
+What attention may see is the config's too: such a model becomes an encoder by its mode (LLM2Vec, arXiv:2404.05961), or
+in its last layers only (BeLLM, Li & Li 2024, arXiv:2311.05296).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxembed import sharding
+from jaxembed.data.batch import Rows
+from jaxembed.errors import UserError
+from jaxembed.models.layers.attention import HEADS, AttentionSpec, attention
+from jaxembed.models.layers.dropout import Noise, dropout, layer_place
+from jaxembed.models.layers.linear import Embedding, Linear, RMSNorm
+from jaxembed.models.layers.mlp import Mlp
+from jaxembed.models.layers.rope import RopeConfig, Tables, rope_tables, rotate
+from jaxembed.models.layers.stack import apply_layers
+from jaxembed.models.options import ModelOptions, TokenStates, per_layer
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """What local layers see, in tokens on either side.
+
+    Attributes:
+      causal: in a causal layer, or one that sees a prefix.
+      bidirectional: in a bidirectional one.
+    """
+
+    causal: int
+    bidirectional: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """The shape of a decoder-shaped transformer.
+
+    Attributes:
+      vocab_size: tokens known; the table is padded to a multiple of 128 rows, whatever the mesh.
+      width: D. layers: n. heads: H. kv_heads: G, which divides H. head_width: K. mlp_width: F.
+      max_length: longest text in tokens.
+      rope: rotary positions.
+      local_rope: those of local layers.
+      local: whether layers are local, one value for all or one for each.
+      window: what local layers see.
+      attention: its mode, one for all layers or one for each.
+      norm_eps: epsilon of the norms.
+      norm_offset: what is added to the norms' scales: 1 for the Gemma family.
+      activation: of the gate, a key of `jaxembed.models.layers.mlp.ACTIVATIONS`.
+      qkv_bias: whether queries, keys and values have biases. out_bias: the output of attention. mlp_bias: the MLP.
+      qk_norm: whether each head's queries and keys are normalised.
+      sandwich: whether the sub-layers' outputs are normalised too.
+      embedding_scale: token vectors are multiplied by it.
+      score_scale: of attention's scores; 0 = 1 / sqrt(K).
+      softcap: bound of attention's scores; 0 = none.
+      initializer_range: standard deviation of fresh weights.
+    """
+
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    mlp_width: int
+    max_length: int
+    rope: RopeConfig
+    local_rope: RopeConfig
+    local: tuple[bool, ...] = (False,)
+    window: Window = Window(0, 0)
+    attention: tuple[str, ...] = ("causal",)
+    norm_eps: float = 1e-6
+    norm_offset: float = 0.0
+    activation: str = "silu"
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sandwich: bool = False
+    embedding_scale: float = 1.0
+    score_scale: float = 0.0
+    softcap: float = 0.0
+    initializer_range: float = 0.02
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the token table."""
+        return -(-self.vocab_size // 128) * 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What is static about a layer: what its attention sees, and which rotary positions it has."""
+
+    spec: AttentionSpec
+    rope: RopeConfig
+
+
+class Attention(nnx.Module):
+    """Self-attention with rotary positions and grouped queries."""
+
+    def __init__(self, key: jax.Array, config: TransformerConfig, dtype: jnp.dtype) -> None:
+        c = config
+        width = (("embed", c.width),)
+        heads = (("heads", c.heads), (None, c.head_width))
+        kv_heads = ((sharding.heads_axis(c.kv_heads), c.kv_heads), (None, c.head_width))
+        keys = jax.random.split(key, 4)
+        self.query = Linear(keys[0], width, heads, c.initializer_range, dtype, c.qkv_bias)
+        self.key = Linear(keys[1], width, kv_heads, c.initializer_range, dtype, c.qkv_bias)
+        self.value = Linear(keys[2], width, kv_heads, c.initializer_range, dtype, c.qkv_bias)
+        self.out = Linear(keys[3], heads, width, c.initializer_range, dtype, c.out_bias)
+        self.qk_norm = c.qk_norm
+        if c.qk_norm:
+            self.query_norm, self.key_norm = (_norm(c, c.head_width, dtype) for _ in range(2))
+        self.kv_spec = sharding.spec("batch", "sequence", kv_heads[0][0], None)
+
+    def __call__(
+        self, x: jax.Array, rows: Rows, tables: Tables, spec: AttentionSpec, noise: Noise | None, place: jax.Array
+    ) -> jax.Array:
+        q = self.query(x, HEADS, noise, place + 3)
+        k = self.key(x, self.kv_spec, noise, place + 4)
+        v = self.value(x, self.kv_spec, noise, place + 5)
+        if self.qk_norm:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q, k = rotate(q, tables), rotate(k, tables)
+        out = attention(q, k, v, rows.segment_ids, spec, noise, place, prefix_RxL=rows.prompt_mask)
+        return self.out(out, sharding.STATES, noise, place + 6)
+
+
+class Layer(nnx.Module):
+    """One block: each sub-layer reads its normalised input, and is added to it."""
+
+    def __init__(self, key: jax.Array, config: TransformerConfig, dtype: jnp.dtype) -> None:
+        c = config
+        keys, stddevs, biases = jax.random.split(key, 2), (c.initializer_range,) * 2, (c.mlp_bias,) * 2
+        self.attention_norm = _norm(c, c.width, dtype)
+        self.attention = Attention(keys[0], c, dtype)
+        self.mlp_norm = _norm(c, c.width, dtype)
+        self.mlp = Mlp(keys[1], c.width, c.mlp_width, c.activation, stddevs, dtype, gated=True, biases=biases)
+        self.sandwich = c.sandwich
+        if c.sandwich:
+            self.attention_out_norm, self.mlp_out_norm = (_norm(c, c.width, dtype) for _ in range(2))
+
+    def __call__(
+        self,
+        x: jax.Array,
+        rows: Rows,
+        tables: Tables,
+        spec: AttentionSpec,
+        rate: float,
+        noise: Noise | None,
+        index: jax.Array,
+    ) -> jax.Array:
+        place = layer_place(index)
+        out = self.attention(self.attention_norm(x), rows, tables, spec, noise, place)
+        x += dropout(self.attention_out_norm(out) if self.sandwich else out, rate, noise, place + 1)
+        out = self.mlp(self.mlp_norm(x), noise, place)
+        return x + dropout(self.mlp_out_norm(out) if self.sandwich else out, rate, noise, place + 2)
+
+
+class Transformer(nnx.Module):
+    """A decoder-shaped backbone: packed rows in, token states out.
+
+    Args:
+      key: PRNG key of fresh weights.
+      config: the shape.
+      options: how to compute.
+
+    Raises:
+      UserError: the mesh's `tensor` does not divide the heads or the MLP.
+    """
+
+    def __init__(self, key: jax.Array, config: TransformerConfig, options: ModelOptions) -> None:
+        _require_divisible(config)
+        dtype = jnp.dtype(options.param_dtype)
+        keys = jax.random.split(key, 2)
+        self.token = Embedding(keys[0], config.padded_vocab, config.width, config.initializer_range, dtype, "vocab")
+        self.layers = jax.vmap(lambda k: Layer(k, config, dtype))(jax.random.split(keys[1], config.layers))
+        self.norm = _norm(config, config.width, dtype)
+        self.config = config
+        self.options = options
+
+    def __call__(self, rows: Rows, noise: Noise | None = None, chosen: tuple[int, ...] = ()) -> TokenStates:
+        """Encodes rows.
+
+        Args:
+          rows: arrays [R, L]; see `jaxembed.data.batch.Rows`. `prompt_mask` is the prefix of layers of that mode.
+          noise: dropout masks; None switches dropout off.
+          chosen: layers whose states are wanted too; 0 is the embeddings' output, i the output of the i-th layer. See
+            `finish`.
+
+        Returns:
+          The last layer's states after the closing norm [R, L, D] in the compute dtype, and the chosen ones
+          [len(chosen), R, L, D], not normalised but for the last layer's.
+        """
+        options, config = self.options, self.config
+        dtype = jnp.dtype(options.dtype)
+        # transformers rounds the scale to the compute dtype too: in bfloat16 √3072 = 55.4 is 55.5.
+        x = self.token(rows.tokens, dtype) * jnp.asarray(config.embedding_scale, dtype)
+        x = dropout(x, options.dropout, noise, jnp.uint32(0))
+        kinds = _kinds(config, options, rows.tokens.shape[1])
+        tables = {kind.rope: rope_tables(kind.rope, rows.positions, rows.segment_ids) for kind in kinds}
+
+        def apply(x: jax.Array, layer: Layer, index: jax.Array, kind: Kind) -> jax.Array:
+            return layer(x, rows, tables[kind.rope], kind.spec, options.dropout, noise, index)
+
+        x, kept = apply_layers(self.layers, x, kinds, apply, options, chosen)
+        last = self.finish(x)
+        kept = [last if i == config.layers else hidden for i, hidden in zip(chosen, kept)]
+        return TokenStates(last, jnp.stack(kept) if chosen else None)
+
+    def finish(self, hidden_RxLxD: jax.Array) -> jax.Array:
+        """Returns a layer's states as they are where that layer is the last: normalised."""
+        return self.norm(hidden_RxLxD)
+
+
+def _kinds(config: TransformerConfig, options: ModelOptions, length: int) -> Sequence[Kind]:
+    """Returns the kind of each layer, in rows of this length: a window that no text exceeds makes no difference."""
+    kinds = []
+    for mode, local in zip(*(per_layer(values, config.layers) for values in (config.attention, config.local))):
+        reach = config.window.bidirectional if mode == "bidirectional" else config.window.causal
+        spec = AttentionSpec(
+            mode=mode,
+            reach=reach if local else 0,
+            softcap=config.softcap,
+            scale=config.score_scale,
+            kernel=options.attention_kernel,
+            dropout=options.attention_dropout,
+        )
+        kinds.append(Kind(spec.in_rows_of(length), config.local_rope if local else config.rope))
+    return kinds
+
+
+def _norm(config: TransformerConfig, width: int, dtype: jnp.dtype) -> RMSNorm:
+    return RMSNorm(width, config.norm_eps, dtype, config.norm_offset)
+
+
+def _require_divisible(config: TransformerConfig) -> None:
+    tensor = jax.sharding.get_abstract_mesh().shape["tensor"]
+    for what, size in (("attention heads", config.heads), ("channels of the MLP", config.mlp_width)):
+        if size % tensor:
+            raise UserError(f"config.mesh.tensor = {tensor} does not divide the model's {size} {what}")
