@@ -1,10 +1,12 @@
 """Write a run's model as a folder that sentence-transformers opens, or check such a folder.
 
     python -m jaxembed.export --workdir=RUN --out=FOLDER [--layers=N] [--dim=N] [--dtype=bfloat16]
+    python -m jaxembed.export --workdir=RUN --out=FOLDER --adapter
     python -m jaxembed.export --verify=FOLDER
 
 --workdir takes RUN, RUN@STEP or RUN@best. --layers and --dim write a smaller model: the first N layers, vectors cut to
-their first N dimensions; config.matryoshka trains models that bear it. --verify encodes the folder's 8 fingerprint
+their first N dimensions; config.matryoshka trains models that bear it. --adapter writes a run's low-rank
+adapters alone, as a folder of the peft library; without it they are merged. --verify encodes the folder's 8 fingerprint
 texts anew, in JAX and, where it is installed, in sentence-transformers, and compares the vectors with those that were
 written with it; there it also checks that every weight is found, that attention sees what it should, and that padding
 changes nothing.
@@ -82,9 +84,68 @@ def export_model(
             similarity=blueprint.similarity,
             truncate_dim=blueprint.truncate_dim,
             dtype=dtype,
+            head=flatten({name: part for name, part in small.params.items() if name != "backbone"}),
             unused=blueprint.unused,
             extra_files={**card_files(small, note), FINGERPRINT: fingerprint},
         )
+
+
+def export_adapter(spec: str, out: pathlib.Path) -> None:
+    """Writes the adapters of a run as a folder that `peft.PeftModel.from_pretrained` opens.
+
+    Args:
+      spec: the run: 'DIR', 'DIR@STEP' or 'DIR@best'.
+      out: the folder, which must not be there.
+
+    Raises:
+      UserError: the run has no adapters, or has trained what such a folder cannot hold; its base is another run.
+    """
+    import jax
+    import numpy as np
+
+    from jaxembed import model_source, run_folder, sharding
+    from jaxembed.checkpoint import split
+    from jaxembed.config import MeshConfig
+    from jaxembed.hf.attention_modes import portable
+    from jaxembed.hf.peft import base_of, write_peft
+    from jaxembed.models.lora import is_adapter
+    from jaxembed.models.text_encoder import BACKBONE, flatten
+
+    workdir = split(spec)[0]
+    blueprint, model = model_source.Blueprint.load(workdir / model_source.FOLDER), run_folder.read_config(workdir).model
+    lora = blueprint.lora(model.lora)
+    if lora is None:
+        raise UserError(f"--adapter: {workdir} has trained all weights (its config.model.lora.rank is 0): leave it out")
+    if not portable(blueprint.hf_config):
+        raise UserError(f"--adapter: no folder can say to other programs what the attention of {workdir} sees")
+    kind, _, where = model.init.partition(":")
+    if kind != "hf":
+        raise UserError(f"--adapter: the adapters of {workdir} stand on {model.init}, no folder: leave --adapter out")
+    base, revision = base_of(where)
+    with jax.set_mesh(sharding.make_mesh(MeshConfig())):
+        leaves = flatten(model_source.load_trained(spec, blueprint, lora))
+        head = sorted({path.split("/")[0] for path in leaves if not is_adapter(path)})
+        if head:
+            raise UserError(
+                f"--adapter: {workdir} has trained its {' and '.join(head)} too, for which an adapter's folder has no "
+                "place: leave --adapter out"
+            )
+        adapters = {path.removeprefix(BACKBONE): np.asarray(x) for path, x in leaves.items()}
+    write_peft(
+        out,
+        architecture=blueprint.architecture,
+        hf_config=blueprint.hf_config,
+        adapters=adapters,
+        lora=lora,
+        base=base,
+        revision=revision,
+        tokenizer=blueprint.tokenizer,
+        max_length=blueprint.max_length,
+        pooling=blueprint.head.pooling,
+        pool_prompt=blueprint.head.pool_prompt,
+        normalize=blueprint.head.normalize,
+        prompts=blueprint.prompts,
+    )
 
 
 def _smaller(embedder: "Embedder", layers: int, dim: int) -> "Embedder":
@@ -102,11 +163,13 @@ def _smaller(embedder: "Embedder", layers: int, dim: int) -> "Embedder":
             raise UserError(f"--{flag}={asked}: the model has {full}; wants 1 … {full}, or 0 for all")
     if not layers and not dim:
         return embedder
+    if layers and blueprint.head.pool_layers >= 0:
+        raise UserError(f"--layers={layers}: the model pools a mean of its layers (model.pool_layers); leave it 0")
     stacked = leaves_of(blueprint.architecture.rows(blueprint.backbone), stacked_only=True)
     layers = layers or blueprint.backbone.layers
     blueprint = dataclasses.replace(
         blueprint,
-        hf_config=blueprint.hf_config | {"num_hidden_layers": layers},
+        hf_config=blueprint.architecture.with_layers(blueprint.hf_config, layers),
         truncate_dim=dim or blueprint.truncate_dim,
     )
     with jax.set_mesh(embedder.mesh):
@@ -155,16 +218,21 @@ def _note(whole: "Embedder", sizes: Sequence["Size"], layers: int, dim: int) -> 
 def main() -> None:
     """Runs the command."""
     workdir, out, folder = flags.FLAGS.workdir, flags.FLAGS.out, flags.FLAGS.verify
-    layers, dim, dtype = flags.FLAGS.layers, flags.FLAGS.dim, flags.FLAGS.dtype
-    if bool(folder) == bool(workdir) or bool(workdir) != bool(out) or (folder and (layers or dim or dtype)):
+    layers, dim, dtype, adapter = flags.FLAGS.layers, flags.FLAGS.dim, flags.FLAGS.dtype, flags.FLAGS.adapter
+    smaller = layers or dim or dtype
+    if bool(folder) == bool(workdir) or bool(workdir) != bool(out) or ((folder or adapter) and smaller):
         raise UserError(
-            "give either --workdir=RUN and --out=FOLDER [--layers=N] [--dim=N] [--dtype=…], or --verify=FOLDER"
+            "give either --workdir=RUN and --out=FOLDER [--layers=N] [--dim=N] [--dtype=…], or --workdir, --out and "
+            "--adapter, or --verify=FOLDER"
         )
     if folder:
         differences = verify(pathlib.Path(folder))
         for name, value in differences.items():
             print(f"{name}: largest difference {value:.1e}")
         print(json.dumps({"verified": folder, **differences}))
+    elif adapter:
+        export_adapter(workdir, pathlib.Path(out))
+        print(json.dumps({"exported": out}))
     else:
         from jaxembed import run_folder
         from jaxembed.embedder import Embedder
@@ -182,5 +250,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("layers", 0, "Export the first so many layers only; 0 = all.")
     flags.DEFINE_integer("dim", 0, "Cut vectors to their first so many dimensions; 0 = not.")
     flags.DEFINE_enum("dtype", "", ["", "float32", "bfloat16"], "Of the weights; '' = the run's config.export_dtype.")
+    flags.DEFINE_bool("adapter", False, "Export the run's low-rank adapters alone, as a folder of the peft library.")
     flags.DEFINE_string("verify", "", "An exported folder to check.")
     cli.run(main, __doc__)

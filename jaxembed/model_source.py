@@ -19,7 +19,7 @@ from jaxembed.config_check import TRAINED
 from jaxembed.data.tokenizer import Tokenizer
 from jaxembed.data.tokenizer_training import train_for
 from jaxembed.errors import UserError
-from jaxembed.hf.architectures import Architecture, architecture
+from jaxembed.hf.architectures import Architecture, architecture, architecture_of
 from jaxembed.hf.attention_modes import portable
 from jaxembed.hf.folder import Folder, read_folder
 from jaxembed.hf.hub import resolve
@@ -27,6 +27,7 @@ from jaxembed.hf.loading import load_onto
 from jaxembed.hf.peft import linear_layers
 from jaxembed.hf.safetensors_io import open_tensors, write_tensors
 from jaxembed.hf.weights import backbone_leaves, head_leaves, unused_tensors
+from jaxembed.hf.word_rules import require_cut
 from jaxembed.models.lora import Lora, is_adapter, merge
 from jaxembed.models.options import ModelOptions
 from jaxembed.models.text_encoder import (
@@ -78,7 +79,7 @@ class Blueprint:
     @property
     def architecture(self) -> Architecture:
         """The entry in the table of architectures."""
-        return architecture(self.hf_config["model_type"])
+        return architecture_of(self.hf_config)
 
     @property
     def backbone(self) -> Any:
@@ -192,7 +193,10 @@ def open_folder(path: pathlib.Path) -> tuple[Blueprint, Loader]:
       UserError: it does not hold a model that we know; see `jaxembed.hf.folder.read_folder`.
     """
     folder = read_folder(path)
-    width, bias = (folder.dense.out_features, folder.dense.bias) if folder.dense else (0, False)
+    dense = {
+        name: (module.out_features, module.bias) if module else (0, False)
+        for name, module in (("expansion", folder.expansion), ("projection", folder.dense))
+    }
     blueprint = Blueprint(
         hf_config=folder.hf_config,
         head=HeadConfig(
@@ -201,8 +205,8 @@ def open_folder(path: pathlib.Path) -> tuple[Blueprint, Loader]:
             latents=folder.latent.latents if folder.latent else 0,
             latent_heads=folder.latent.heads if folder.latent else 0,
             pool_layers=folder.layer_pooling.first if folder.layer_pooling else -1,
-            projection=width,
-            projection_bias=bias,
+            **{name: width for name, (width, _) in dense.items()},
+            **{f"{name}_bias": bias for name, (_, bias) in dense.items()},
             normalize=folder.normalize,
         ),
         max_length=folder.max_length,
@@ -222,7 +226,8 @@ def open_folder(path: pathlib.Path) -> tuple[Blueprint, Loader]:
 def open_run(spec: str) -> tuple[Blueprint, Loader]:
     """Opens a run's checkpoint: 'DIR', 'DIR@STEP' or 'DIR@best'.
 
-    Adapters are merged into the weights that the run started from, which are opened again.
+    Adapters are merged into the weights that the run started from, which are opened again by the same name: so another
+    run that is still training serves such a run best as 'run:DIR@STEP'.
 
     Raises:
       UserError: there is no such run or checkpoint, or what it started from is there no more.
@@ -295,10 +300,13 @@ def _scratch(c: Config, workdir: pathlib.Path) -> tuple[Blueprint, Loader]:
 
 def _adapted(blueprint: Blueprint, c: Config) -> Blueprint:
     """Returns the blueprint with what the config asks for."""
-    m, head, arch, longest = c.model, blueprint.head, blueprint.architecture, blueprint.backbone.max_length
+    m, head, arch, hf_config = c.model, blueprint.head, blueprint.architecture, blueprint.hf_config
     if m.arch not in (AUTO, arch.model_type):
         raise UserError(f"config.model.arch = {m.arch!r}, but {m.init} is a {arch.model_type!r}: leave it 'auto'")
-    hf_config = arch.with_attention(blueprint.hf_config, m.attention_layers or (m.attention,))
+    if m.rope_scaling:
+        hf_config = arch.with_rope_scaling(hf_config, m.rope_scaling)
+    longest = arch.config_from_hf(hf_config).max_length
+    hf_config = arch.with_attention(hf_config, m.attention_layers or (m.attention,))
     if c.export and not portable(hf_config):
         raise UserError(
             f"config.model.attention{'_layers' if m.attention_layers else ''}: no folder can say this to other "
@@ -313,6 +321,7 @@ def _adapted(blueprint: Blueprint, c: Config) -> Blueprint:
     head, tokenizer = adapt(_head(blueprint, c), tokenizer, m.pooling, m.template, "config.model.")
     if c.export:
         require_portable(head, tokenizer)
+        require_cut(arch.cuts, tokenizer, arch.model_type)
     if head.pool_layers >= 0:
         hf_config = hf_config | {"output_hidden_states": True}  # else sentence-transformers skips the mean of layers
     lengths = _lengths(c, tokenizer, blueprint.max_length, longest, arch.model_type)

@@ -56,6 +56,13 @@ def heads_axis(n_heads: int) -> str | None:
     return "heads" if n_heads % jax.sharding.get_abstract_mesh().shape["tensor"] == 0 else None
 
 
+def require_divisible(size: int, what: str) -> None:
+    """Raises UserError where `tensor` does not divide `size`, the number of `what` that the model has; needs a mesh."""
+    tensor = jax.sharding.get_abstract_mesh().shape["tensor"]
+    if size % tensor:
+        raise UserError(f"config.mesh.tensor = {tensor} does not divide the model's {size} {what}")
+
+
 def _without_fsdp(axis: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
     if isinstance(axis, tuple):
         kept = tuple(a for a in axis if a != "fsdp")

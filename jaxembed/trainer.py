@@ -82,6 +82,9 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
             fresh: Params = {}
             if start is None or lora:  # no checkpoint holds what adapters stand on
                 fresh, given["base"] = split(load(stages[0].factory))
+            if lora:
+                trained, held = (sum(x.size for x in jax.tree.leaves(part)) for part in (fresh, given["base"]))
+                progress.say(f"adapters: {trained:,} parameters are trained, {held:,} stay as they are")
             taught = teacher.factory if teacher else None
             run = Run(workdir, mesh, blueprint, taught, given, tasks, checkpoints, writer, progress, stop)
             state, step = _walk(run, stages, fresh, start, meta.get("stage", 0))

@@ -36,8 +36,8 @@ def verify(folder: pathlib.Path) -> dict[str, float]:
 
     Returns:
       'jax': the largest absolute difference of its vectors from the fingerprint; and where torch and
-      sentence-transformers are installed 'sentence_transformers': the same there, and 'padded': the largest difference
-      between texts encoded together and each alone.
+      sentence-transformers are installed, and the architecture is transformers' own, 'sentence_transformers': the same
+      there, and 'padded': the largest difference between texts encoded together and each alone.
 
     Raises:
       UserError: the folder has no fingerprint; its vectors differ by more than TOLERANCE; transformers finds weights
@@ -58,7 +58,8 @@ def verify(folder: pathlib.Path) -> dict[str, float]:
     with jax.default_matmul_precision("float32"):
         embedder = Embedder.load(folder)
         differences = {"jax": _difference(embedder.encode(texts), vectors)}
-    if importlib.util.find_spec("sentence_transformers"):
+    of_others = "auto_map" in read_json(folder / "config.json")  # whose class is code that is not ours to run
+    if importlib.util.find_spec("sentence_transformers") and not of_others:
         differences |= _verify_in_torch(folder, texts, vectors, embedder.blueprint.backbone.attention)
     wrong = {name: value for name, value in differences.items() if not value <= TOLERANCE}
     if wrong:
@@ -83,6 +84,7 @@ def _verify_in_torch(
         str(folder),
         device="cpu",
         local_files_only=True,
+        trust_remote_code=_only_ours(folder),
         model_kwargs={"dtype": "float32"},
     )
     backbone = model[0].auto_model
@@ -91,6 +93,14 @@ def _verify_in_torch(
     together = model.encode(texts, show_progress_bar=False)
     alone = model.encode(texts, batch_size=1, show_progress_bar=False)
     return {"sentence_transformers": _difference(together, vectors), "padded": _difference(together, alone)}
+
+
+def _only_ours(folder: pathlib.Path) -> bool:
+    """Whether there is code in the folder, all of it what our writer puts there, so that it may run."""
+    from jaxembed.hf.writer import LATENT_CODE
+
+    codes = [path.read_bytes() for path in folder.rglob("*.py")]
+    return bool(codes) and all(code == LATENT_CODE.read_bytes() for code in codes)
 
 
 def _check_loading(folder: pathlib.Path, kind: type) -> None:

@@ -249,7 +249,7 @@ def test_no_gradient_of_the_base_ever_exists(folder):
         leaves = flatten(join(trained, base)).items()
         kernels = sum(leaf.size * leaf.dtype.itemsize for path, leaf in leaves if path.endswith("kernel"))
         temporary[rank] = compiled.memory_analysis().temp_size_in_bytes / kernels
-    assert temporary[4] < 0.4 and temporary[0] > 1
+    assert temporary[4] < 0.6 and temporary[0] > 2
 
 
 def test_what_cannot_be(folder, base):

@@ -164,9 +164,10 @@ def build_or_open(
         length = getattr(max_lengths, side)
         most = tokenizer.fitting(MAX_LENGTH)
         if not tokenizer.n_special < length <= most:
+            framing = "a template's or special ones" if tokenizer.in_template else "special ones"
             raise UserError(
                 f"config.data.max_length.{side} = {length}: must be in {tokenizer.n_special + 1} … {most} "
-                f"({tokenizer.n_special} tokens of each text are special ones)"
+                f"({tokenizer.n_special} tokens of each text are {framing})"
             )
     reader = RecordReader(source, on_bad_record, where)
     root = pathlib.Path(cache_dir).expanduser()

@@ -220,6 +220,12 @@ class Tokenizer:
         after = self._backend.encode(template.after, add_special_tokens=False).ids
         return self._framed([[*self._prefix_ids, *first], *others], after or self._suffix_ids)
 
+    def words(self, text: str) -> list[str]:
+        """Returns the words into which a text is cut before the vocabulary is looked into."""
+        normalizer, cut = self._backend.normalizer, self._backend.pre_tokenizer
+        text = normalizer.normalize_str(text) if normalizer else text
+        return [word for word, _ in cut.pre_tokenize_str(text)] if cut else [text]
+
     @functools.cached_property
     def vocab_size(self) -> int:
         """The largest token id + 1."""

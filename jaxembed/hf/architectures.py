@@ -12,6 +12,7 @@ from jaxembed.hf import bert, decoders, jina_bert, modernbert, mpnet, nomic_bert
 from jaxembed.hf.attention_modes import OURS, with_modes
 from jaxembed.hf.rope import RopeWords
 from jaxembed.hf.table import Row, Shape
+from jaxembed.hf.word_rules import Cuts, qwen_words
 from jaxembed.models.bert import Bert
 from jaxembed.models.layers.attention import MODES
 from jaxembed.models.modernbert import ModernBert
@@ -44,6 +45,7 @@ class Architecture:
       ignored: patterns of names that an embedding model has no use for.
       renames: (regex, replacement) from older names.
       transformers: the first version whose `hf_class` gives this model.
+      cuts: how transformers cuts texts into words, where it does not follow tokenizer.json.
       rope: how config.json speaks of rotary positions; None where there are none that could be scaled.
       spelled: config.json → the same in every spelling that programs read; for what is read, and what is written.
       depth: the field of config.json that says how many layers there are.
@@ -62,6 +64,7 @@ class Architecture:
     ignored: tuple[str, ...]
     renames: tuple[tuple[str, str], ...] = ()
     transformers: str = ANY_TRANSFORMERS
+    cuts: Cuts | None = None
     rope: RopeWords | None = None
     spelled: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
     depth: str = "num_hidden_layers"
@@ -158,6 +161,7 @@ def _decoder(family: decoders.Family) -> Architecture:
         transformers=family.since,
         rope=family.rope,
         spelled=family.rope.spelled,
+        cuts=qwen_words if family.model_type == "qwen2" else None,
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxembed.errors import UserError
-from jaxembed.hf.architectures import Architecture, architecture
+from jaxembed.hf.architectures import Architecture, architecture_of
 from jaxembed.hf.files import inside, read_json, read_optional_json
 
 POOLING_MODES = {"mean": "mean", "cls": "cls", "lasttoken": "last", "weightedmean": "weighted_mean"}  # theirs → ours
@@ -23,7 +23,8 @@ LEGACY_POOLING = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-MODULE_ORDER = ("Transformer", "WeightedLayerPooling", "LatentAttention", "Pooling", "Dense", "Normalize")
+FIRST_DENSE = "first of two Dense"
+MODULE_ORDER = ("Transformer", "WeightedLayerPooling", "LatentAttention", "Pooling", FIRST_DENSE, "Dense", "Normalize")
 # A module of ours, known by this name; the file of that name in the folder, which other programs run, is not looked at.
 LATENT_ATTENTION = "modeling_latent_attention.LatentAttention"
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
@@ -79,7 +80,8 @@ class Folder:
       layer_pooling: the mean of layers before pooling, or None.
       latent: the attention before pooling, where that is 'latent', else None.
       normalize: whether vectors are brought to length 1.
-      dense: the layer after pooling, or None.
+      expansion: a layer after pooling, before `dense`, or None.
+      dense: the last layer after pooling, or None.
       max_length: longest text in tokens, special tokens included.
       prompts: name → text.
       default_prompt_name: the prompt of texts encoded without a prompt's name, '' for none.
@@ -97,6 +99,7 @@ class Folder:
     layer_pooling: LayerPooling | None
     latent: Latent | None
     normalize: bool
+    expansion: Dense | None
     dense: Dense | None
     max_length: int
     prompts: dict[str, str]
@@ -111,7 +114,7 @@ class Folder:
 
 
 def read_folder(path: pathlib.Path) -> Folder:
-    """Reads a folder. Without modules.json it is a bare encoder: mean pooling and no normalisation, as there.
+    """Reads a folder. Without modules.json it is a bare transformer, pooled and not normalised, as there.
 
     Raises:
       UserError: a file is missing or broken, or asks for something that is not supported.
@@ -122,12 +125,17 @@ def read_folder(path: pathlib.Path) -> Folder:
     transformer = modules.get("Transformer", path)
     config_file = inside(transformer, "config.json", transformer)
     hf_config = read_json(config_file)
-    arch = architecture(hf_config.get("model_type"), str(config_file))
+    arch = architecture_of(hf_config, str(config_file))
     config = arch.config_from_hf(hf_config, str(config_file))
-    pooling, pool_prompt = _read_pooling(modules["Pooling"]) if "Pooling" in modules else ("mean", True)
+    hf_config = arch.spelled(hf_config)
+    pooling, pool_prompt = _bare_pooling(hf_config), True
+    if "Pooling" in modules:
+        pooling, pool_prompt = _read_pooling(modules["Pooling"])
     latent = _read_latent(modules["LatentAttention"], config.width) if "LatentAttention" in modules else None
     if latent and pooling != "mean":
         raise UserError(f"{modules['Pooling'] / 'config.json'}: latent attention with pooling other than the mean")
+    expansion = _read_dense(modules[FIRST_DENSE], config.width) if FIRST_DENSE in modules else None
+    width = expansion.out_features if expansion else config.width
     if "Normalize" in modules:
         _check_vector_names(modules["Normalize"] / "config.json")
     return Folder(
@@ -145,7 +153,8 @@ def read_folder(path: pathlib.Path) -> Folder:
         ),
         latent=latent,
         normalize="Normalize" in modules,
-        dense=_read_dense(modules["Dense"], config.width) if "Dense" in modules else None,
+        expansion=expansion,
+        dense=_read_dense(modules["Dense"], width) if "Dense" in modules else None,
         max_length=_read_max_length(transformer, config.max_length),
         **_read_settings(inside(path, "config_sentence_transformers.json", path)),
     )
@@ -168,8 +177,10 @@ def _modules(path: pathlib.Path) -> dict[str, pathlib.Path]:
             raise UserError(f"{file}: module {entry['type']!r} is a class of its own; code of folders is never run")
         if kind not in MODULE_ORDER:
             raise UserError(f"{file}: module {entry['type']!r} is not supported; supported: {', '.join(MODULE_ORDER)}")
+        if kind == "Dense" and kind in modules and FIRST_DENSE not in modules:
+            modules[FIRST_DENSE] = modules.pop("Dense")
         if kind in modules:
-            raise UserError(f"{file}: has more than one {kind} module; one is supported")
+            raise UserError(f"{file}: has too many {kind} modules; one is supported, or two Dense")
         modules[kind] = inside(path, place, file)
     kinds = tuple(modules)
     if not {"Transformer", "Pooling"} <= modules.keys() or kinds != tuple(k for k in MODULE_ORDER if k in modules):
@@ -189,6 +200,13 @@ def _read_pooling(folder: pathlib.Path) -> tuple[str, bool]:
     if not isinstance(modes, list) or len(modes) != 1 or modes[0] not in POOLING_MODES:
         raise UserError(f"{file}: pooling {modes!r} is not supported; supported: one of {', '.join(POOLING_MODES)}")
     return POOLING_MODES[modes[0]], bool(config.get("include_prompt", True))
+
+
+def _bare_pooling(hf_config: Mapping[str, Any]) -> str:
+    """How sentence-transformers pools what comes without modules.json."""
+    names = hf_config.get("architectures") or [""]
+    generates = str(names[0]).endswith("ForCausalLM") and hf_config.get("is_causal") is not False
+    return "last" if generates else "mean"
 
 
 def _read_layer_pooling(folder: pathlib.Path, hf_config: Mapping[str, Any], layers: int) -> LayerPooling:

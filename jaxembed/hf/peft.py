@@ -9,12 +9,17 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from jaxembed.errors import UserError
+from jaxembed.hf.architectures import Architecture
 from jaxembed.hf.files import listing
+from jaxembed.hf.folder import read_folder
+from jaxembed.hf.hub import REPOSITORY
 from jaxembed.hf.table import Linear, Row
+from jaxembed.hf.writer import SavedTokenizer
 from jaxembed.models.lora import NAME, Lora
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -39,30 +44,51 @@ def linear_layers(rows: Sequence[Row], pattern: str, where: str) -> tuple[str, .
     return paths
 
 
+def base_of(spec: str) -> tuple[str, str | None]:
+    """Returns what adapters to 'hf:SPEC' name as their base: a folder and None, or a repository and its revision.
+
+    Raises:
+      UserError: `spec` is neither.
+    """
+    if pathlib.Path(spec).expanduser().is_dir():
+        return str(read_folder(pathlib.Path(spec).expanduser()).transformer), None
+    match = REPOSITORY.fullmatch(spec)
+    if not match:
+        raise UserError(f"hf:{spec}: no such folder, and not of the form ORG/NAME or ORG/NAME@REVISION")
+    return match["name"], match["revision"]
+
+
 def write_peft(
     out: pathlib.Path,
-    rows: Sequence[Row],
-    layers: int,
+    *,
+    architecture: Architecture,
+    hf_config: Mapping[str, Any],
     adapters: Mapping[str, np.ndarray],
     lora: Lora,
     base: str,
     revision: str | None,
-    extra_files: Mapping[str, bytes],
+    tokenizer: SavedTokenizer,
+    max_length: int,
+    pooling: str,
+    pool_prompt: bool,
+    normalize: bool,
+    prompts: Mapping[str, str],
 ) -> None:
-    """Writes a folder that `peft.PeftModel.from_pretrained(base, out)` opens: all of it, or nothing.
+    """Writes a folder that `peft.PeftModel.from_pretrained(BASE, out)` opens: all of it, or nothing.
 
     A tensor that holds several of our linear layers, such as a fused query, key and value, gets one adapter of their
     ranks' sum, which gives the same: its A holds theirs one below the other, its B theirs as a block-diagonal matrix.
 
     Args:
       out: the folder to make; must not be there, or be empty.
-      rows: the architecture's table of names.
-      layers: n, of the backbone.
+      architecture: the backbone's.
+      hf_config: config.json of the model, which may see more or less than its base does.
       adapters: path in the backbone → A [n, inputs, r] or B [n, r, outputs], float32.
       lora: their kind.
-      base: the checkpoint that they stand on: a folder, or a repository on the hub.
-      revision: the repository's; None for none.
-      extra_files: name → content of further files.
+      base, revision: the checkpoint that they stand on, from `base_of`.
+      tokenizer: writes its own files.
+      max_length: longest text in tokens.
+      pooling, pool_prompt, normalize, prompts: how a vector is made, which only the README can say.
 
     Raises:
       UserError: something is at `out`, or it cannot be written.
@@ -71,9 +97,10 @@ def write_peft(
 
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out}: is there already; remove it, or export to another place")
-    adapted = [row for row in rows if _is_linear(row) and set(_paths(row)) <= set(lora.targets)]
-    ranks = {_pattern(row): lora.rank * len(row.parts) for row in adapted if len(row.parts) > 1}
-    config = {
+    config = architecture.config_from_hf(hf_config)
+    rows = [row for row in architecture.rows(config) if _is_linear(row) and set(_paths(row)) <= set(lora.targets)]
+    ranks = {_pattern(row): lora.rank * len(row.parts) for row in rows if len(row.parts) > 1}
+    said = {
         "peft_type": "LORA",
         "task_type": "FEATURE_EXTRACTION",
         "base_model_name_or_path": base,
@@ -84,23 +111,61 @@ def write_peft(
         "alpha_pattern": {name: lora.scale * rank for name, rank in ranks.items()},
         "lora_dropout": lora.dropout,
         "use_rslora": False,  # lora_alpha / r is the scale, whatever rule it came from
-        "target_modules": rf"(.*\.)?({'|'.join(map(_pattern, adapted))})",
+        "target_modules": rf"(.*\.)?({'|'.join(map(_pattern, rows))})",
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
+    how = {
+        "pooling": pooling + ("" if pool_prompt else ", without the prompt's tokens"),
+        "vectors": "of length 1" if normalize else "of any length",
+        "longest text": f"{max_length} tokens",
+        **{f"prompt {name!r}": repr(text) for name, text in prompts.items()},
+    }
     part = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.new")
     try:
         part.mkdir(parents=True)
-        save_file(dict(_tensors(adapted, layers, adapters)), part / WEIGHTS, metadata={"format": "pt"})
-        (part / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        for name, content in extra_files.items():
-            (part / name).write_bytes(content)
+        save_file(dict(_tensors(rows, config.layers, adapters)), part / WEIGHTS, metadata={"format": "pt"})
+        for name, content in ((CONFIG, said), ("config.json", dict(hf_config))):
+            (part / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (part / "README.md").write_text(_readme(architecture.hf_class, base, revision, how), encoding="utf-8")
+        tokenizer.save(part, max_length)
         part.replace(out)
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _readme(hf_class: str, base: str, revision: str | None, how: Mapping[str, str]) -> str:
+    at = f", revision={revision!r}" if revision else ""
+    listed = "\n".join(f"- {name}: {value}" for name, value in how.items())
+    return f"""---
+base_model: {json.dumps(base)}
+library_name: peft
+pipeline_tag: feature-extraction
+---
+# Low-rank adapters of a text-embedding model
+
+They stand on `{base}`, which is not in this folder. The folder's own config.json says what the model's attention sees.
+
+```python
+from peft import PeftModel
+from transformers import AutoConfig, AutoTokenizer, {hf_class}
+
+here = "."  # this folder
+base = {hf_class}.from_pretrained({base!r}{at}, config=AutoConfig.from_pretrained(here))
+model = PeftModel.from_pretrained(base, here).eval()
+tokenizer = AutoTokenizer.from_pretrained(here)
+```
+
+This gives the states of a text's tokens. How they become the vectors that the adapters were trained for, a folder of
+adapters has no place to say:
+
+{listed}
+
+`python -m jaxembed.export` without `--adapter` writes the model merged, as one folder that sentence-transformers opens.
+"""
 
 
 def _tensors(rows: Sequence[Row], layers: int, adapters: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
@@ -110,7 +175,10 @@ def _tensors(rows: Sequence[Row], layers: int, adapters: Mapping[str, np.ndarray
             module = f"base_model.model.{name.removesuffix('.weight')}"
             a = [transform.to_hf(adapters[f"{path}/{NAME}/a"][i]) for path, transform in kernels]
             b = [Linear().to_hf(adapters[f"{path}/{NAME}/b"][i]) for path, _ in kernels]
-            yield f"{module}.lora_A.weight", np.concatenate(a)
+            yield (
+                f"{module}.lora_A.weight",
+                np.ascontiguousarray(np.concatenate(a)),
+            )  # safetensors writes memory's order
             yield f"{module}.lora_B.weight", _block_diagonal(b)
 
 

@@ -120,7 +120,8 @@ class RopeWords:
         elif self.layer_type:
             length = int(length * factor)
         kept = {TRAINED_LENGTH: wanted[TRAINED_LENGTH]} if wanted["rope_type"] == "longrope" else {}
-        return self.spelled({**hf, **kept, "rope_scaling": wanted, "max_position_embeddings": length})
+        said = {self.fields[0]: now["rope_theta"], "rope_scaling": wanted, "max_position_embeddings": length}
+        return self.spelled({**hf, **kept, **said})
 
     def spelled(self, hf: Mapping[str, Any]) -> dict[str, Any]:
         """Returns config.json with its rotary positions in both spellings, each complete."""

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxembed.errors import UserError
-from jaxembed.hf.files import listing
 
 Shape = tuple[int, ...]
 Index = tuple[slice, ...]
@@ -242,7 +241,8 @@ def import_leaves(
         if not any(fnmatch.fnmatchcase(name, pattern) for pattern in ignored):
             problems.append(f"unknown tensor {name} {list(tensor.shape)}")
     if problems:
-        raise UserError(f"{where}: the weights do not fit the model: {listing(problems)}")
+        every = "; ".join(problems)
+        raise UserError(f"{where}: the weights do not fit the model: {every}")
     return leaves
 
 

@@ -58,8 +58,8 @@ def backbone_leaves(folder: Folder, shapes: Mapping[str, Shape]) -> dict[str, La
     )
 
 
-def projection_leaves(dense: Dense) -> dict[str, LazyLeaf]:
-    """Finds the weights of a Dense module: projection/kernel [D, E] and, where it has one, projection/bias [E].
+def projection_leaves(dense: Dense, name: str = "projection") -> dict[str, LazyLeaf]:
+    """Finds the weights of a Dense module: NAME/kernel [D, E] and, where it has one, NAME/bias [E].
 
     Raises:
       UserError: the file is damaged, or its tensors do not fit what the module's config.json says.
@@ -67,7 +67,8 @@ def projection_leaves(dense: Dense) -> dict[str, LazyLeaf]:
     shapes: dict[str, Shape] = {DENSE_WEIGHT.ours: (dense.in_features, dense.out_features)}
     if dense.bias:
         shapes[DENSE_BIAS.ours] = (dense.out_features,)
-    return import_leaves(dense_rows(dense.bias), open_tensors(dense.path), shapes, 0, where=str(dense.path))
+    leaves = import_leaves(dense_rows(dense.bias), open_tensors(dense.path), shapes, 0, where=str(dense.path))
+    return {path.replace("projection", name): leaf for path, leaf in leaves.items()}
 
 
 def head_leaves(folder: Folder, shapes: Mapping[str, Shape]) -> dict[str, LazyLeaf]:
@@ -81,6 +82,8 @@ def head_leaves(folder: Folder, shapes: Mapping[str, Shape]) -> dict[str, LazyLe
       UserError: a file is damaged, or its tensors do not fit.
     """
     leaves = projection_leaves(folder.dense) if folder.dense else {}
+    if folder.expansion:
+        leaves |= projection_leaves(folder.expansion, "expansion")
     modules = ((folder.layer_pooling, (LAYER_WEIGHTS,)), (folder.latent, LATENT_ROWS))
     for module, rows in modules:
         wanted = {row.ours: shapes[row.ours] for row in rows if row.ours in shapes}

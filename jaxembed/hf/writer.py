@@ -25,6 +25,7 @@ from jaxembed.hf.folder import LATENT_ATTENTION, LEGACY_POOLING, POOLING_MODES
 from jaxembed.hf.safetensors_io import write_tensors
 from jaxembed.hf.table import Row, export_tensors
 from jaxembed.hf.weights import DENSE_BIAS, DENSE_WEIGHT, LATENT_ROWS, LAYER_WEIGHTS, dense_rows
+from jaxembed.hf.word_rules import require_cut
 
 Array = np.ndarray | jax.Array
 
@@ -48,6 +49,8 @@ class SavedTokenizer(Protocol):
     """What is asked of a tokenizer; see `jaxembed.data.tokenizer.Tokenizer`."""
 
     in_template: bool
+
+    def words(self, text: str) -> list[str]: ...
 
     def save(self, folder: pathlib.Path, max_length: int) -> None: ...
 
@@ -93,8 +96,8 @@ def write_folder(
       similarity: 'cosine' | 'dot' | 'euclidean' | 'manhattan'.
       truncate_dim: vectors are cut to this many dimensions after all else; 0 for not.
       dtype: of the tensors written: 'float32' | 'bfloat16' | 'float16'.
-      head: path → array of every leaf of a mean of layers (config.json then says output_hidden_states) and of latent
-        attention; others are not looked at.
+      head: path → array of every leaf of a mean of layers (config.json then says output_hidden_states), of latent
+        attention, and of a linear layer before `projection`, 'expansion'; others are not looked at.
       unused: from `jaxembed.hf.weights.unused_tensors`; those not given are written as zeros.
       extra_files: name → content of further files, such as README.md.
 
@@ -114,6 +117,7 @@ def write_folder(
             f"{out}: no folder can say to other programs that only a part of what stands in a template is pooled "
             "(config.model.template): open the run itself, or train with config.model.pooling = 'last'"
         )
+    require_cut(architecture.cuts, tokenizer, architecture.model_type)
     if default_prompt_name and default_prompt_name not in prompts:
         raise ValueError(f"default_prompt_name {default_prompt_name!r} is not one of the prompts")
     kind = jnp.dtype(dtype)
@@ -151,6 +155,7 @@ def write_folder(
 def _model_config(hf_config: Mapping[str, Any], architecture: Architecture, dtype: str) -> dict[str, Any]:
     """config.json; the dtype under its names in transformers 5 and 4."""
     kept = {key: value for key, value in hf_config.items() if key not in DROPPED}
+    kept = architecture.spelled(kept)
     if not architecture.fixed_attention:
         kept["use_cache"] = False  # of keys and values, which only generating has a use for
     return {**kept, "architectures": [architecture.hf_class], "dtype": dtype, "torch_dtype": dtype}
@@ -208,6 +213,8 @@ def _write_modules(
         _write_module(add("LatentAttention"), config, LATENT_ROWS, head, dtype)
         shutil.copy(LATENT_CODE, folder)
     _write_pooling(add("Pooling"), width, "mean" if pooling == "latent" else pooling, pool_prompt)
+    if "expansion/kernel" in head:
+        _write_dense(add("Dense"), head["expansion/kernel"], head.get("expansion/bias"), dtype)
     if projection is not None:
         _write_dense(add("Dense"), *projection, dtype)
     return kinds

@@ -15,7 +15,6 @@ from jaxembed.data.batch import Rows
 from jaxembed.models.layers.attention import AttentionSpec
 from jaxembed.models.layers.dropout import Noise, dropout, layer_place
 from jaxembed.models.layers.linear import Embedding, LayerNorm
-from jaxembed.models.layers.mlp import ACTIVATIONS as ACTIVATIONS
 from jaxembed.models.layers.mlp import Mlp
 from jaxembed.models.layers.relative_bias import RelativeBias, alibi_bias
 from jaxembed.models.layers.self_attention import SelfAttention
@@ -33,7 +32,7 @@ class BertConfig:
       positions: rows of the position table; with ALiBi there is no table, this is the longest text.
       type_vocab: rows of the token-type table (only type 0 is used); 0 for no table.
       norm_eps: epsilon of the layer norms.
-      activation: a key of ACTIVATIONS.
+      activation: a key of `jaxembed.models.layers.mlp.ACTIVATIONS`.
       position_offset: the table's row of a text's first token: 0 for bert, pad_token_id + 1 for roberta.
       initializer_range: standard deviation of fresh weights.
       attention: its mode, one for all layers or one for each.

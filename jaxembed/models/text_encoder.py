@@ -34,6 +34,8 @@ class HeadConfig:
       latent_heads: heads of that attention.
       pool_layers: what is pooled: a trained mean of the states of this layer (0 = the embeddings) and those above;
         -1 for the last layer's alone.
+      expansion: width of a linear layer after pooling, before the projection; 0 for none (EmbeddingGemma has one).
+      expansion_bias: whether it has a bias.
       projection: width E of a linear layer after pooling, 0 for none.
       projection_bias: whether it has a bias.
       normalize: vectors of length 1.
@@ -44,6 +46,8 @@ class HeadConfig:
     latents: int = 0
     latent_heads: int = 0
     pool_layers: int = -1
+    expansion: int = 0
+    expansion_bias: bool = False
     projection: int = 0
     projection_bias: bool = False
     normalize: bool = True
@@ -88,15 +92,15 @@ class TextEncoder(nnx.Module):
                 config.initializer_range,
                 dtype,
             )
+        stddev, width = config.initializer_range, (("embed", config.width),)
+        if head.expansion:
+            wide = ((None, head.expansion),)
+            expansion_key = jax.random.fold_in(head_key, 2)
+            self.expansion = Linear(expansion_key, width, wide, stddev, dtype, head.expansion_bias)
+            width = wide
         if head.projection:
-            self.projection = Linear(
-                head_key,
-                (("embed", config.width),),
-                ((None, head.projection),),
-                config.initializer_range,
-                dtype,
-                head.projection_bias,
-            )
+            narrow = ((None, head.projection),)
+            self.projection = Linear(head_key, width, narrow, stddev, dtype, head.projection_bias)
         self.head = head
 
     def __call__(self, rows: Rows, slots: int, noise: Noise | None = None) -> jax.Array:
@@ -135,6 +139,8 @@ class TextEncoder(nnx.Module):
         if mode == "latent":
             hidden_RxLxD, mode = self.latent_attention(hidden_RxLxD), "mean"
         vectors = pool(hidden_RxLxD, rows, slots, mode, self.head.pool_prompt)
+        if self.head.expansion:
+            vectors = self.expansion(vectors, P(BATCH, None, None))
         if self.head.projection:
             vectors = self.projection(vectors, P(BATCH, None, None))
         return l2_normalize(vectors) if self.head.normalize else vectors

@@ -17,7 +17,6 @@ from flax import nnx
 
 from jaxembed import sharding
 from jaxembed.data.batch import Rows
-from jaxembed.errors import UserError
 from jaxembed.models.layers.attention import HEADS, AttentionSpec, attention
 from jaxembed.models.layers.dropout import Noise, dropout, layer_place
 from jaxembed.models.layers.linear import Embedding, Linear, RMSNorm
@@ -110,6 +109,7 @@ class Attention(nnx.Module):
 
     def __init__(self, key: jax.Array, config: TransformerConfig, dtype: jnp.dtype) -> None:
         c = config
+        sharding.require_divisible(c.heads, "attention heads")
         width = (("embed", c.width),)
         heads = (("heads", c.heads), (None, c.head_width))
         kv_heads = ((sharding.heads_axis(c.kv_heads), c.kv_heads), (None, c.head_width))
@@ -180,7 +180,6 @@ class Transformer(nnx.Module):
     """
 
     def __init__(self, key: jax.Array, config: TransformerConfig, options: ModelOptions) -> None:
-        _require_divisible(config)
         dtype = jnp.dtype(options.param_dtype)
         keys = jax.random.split(key, 2)
         self.token = Embedding(keys[0], config.padded_vocab, config.width, config.initializer_range, dtype, "vocab")
@@ -242,10 +241,3 @@ def _kinds(config: TransformerConfig, options: ModelOptions, length: int) -> Seq
 
 def _norm(config: TransformerConfig, width: int, dtype: jnp.dtype) -> RMSNorm:
     return RMSNorm(width, config.norm_eps, dtype, config.norm_offset)
-
-
-def _require_divisible(config: TransformerConfig) -> None:
-    tensor = jax.sharding.get_abstract_mesh().shape["tensor"]
-    for what, size in (("attention heads", config.heads), ("channels of the MLP", config.mlp_width)):
-        if size % tensor:
-            raise UserError(f"config.mesh.tensor = {tensor} does not divide the model's {size} {what}")

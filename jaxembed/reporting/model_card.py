@@ -158,7 +158,7 @@ def _properties(embedder: "Embedder") -> str:
         ("architecture", f"`{blueprint.architecture.model_type}`, {backbone.layers} layers of width {backbone.width}"),
         ("parameters", f"{count:,}"),
         ("dimensions of a vector", blueprint.truncate_dim or embedder.width),
-        ("pooling", pooling + (f", then a linear layer to {head.projection}" if head.projection else "")),
+        ("pooling", pooling + "".join(f", then a linear layer to {n}" for n in (head.expansion, head.projection) if n)),
         ("length of a vector", length if head.normalize else "not normalised"),
         ("compared by", blueprint.similarity),
         ("longest text", f"{blueprint.max_length:,} tokens"),
@@ -171,10 +171,10 @@ def _properties(embedder: "Embedder") -> str:
 
 def _usage(embedder: "Embedder") -> str:
     head = embedder.blueprint.head
-    own_modules = head.pooling == "latent" or head.pool_layers >= 0  # too long to write out
+    long = head.pooling == "latent" or head.pool_layers >= 0 or head.expansion > 0  # too long to write out
     pieces = [
         ("sentence-transformers", sentence_transformers_code(embedder)),
-        *([] if own_modules else [("transformers", transformers_code(embedder))]),
+        *([] if long else [("transformers", transformers_code(embedder))]),
         ("JAX", jax_code()),
     ]
     trust = "The latent attention is code of this folder, which only runs with `trust_remote_code=True`.\n\n"

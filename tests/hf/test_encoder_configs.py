@@ -145,6 +145,14 @@ def test_checkpoints_of_pre_training_are_read(name, task_class, tmp_path):
     our_leaves(name, ARCHITECTURES[name].config_from_hf(fields), tmp_path)
 
 
+def test_a_jina_folder_says_where_its_class_is():
+    fields = fresh("jina_bert")
+    assert fields["model_type"] == "bert"
+    assert fields["auto_map"]["AutoModel"] == "jinaai/jina-bert-implementation--modeling_bert.JinaBertModel"
+    without = {field: value for field, value in fields.items() if field != "auto_map"}
+    assert ARCHITECTURES["jina_bert"].spelled(without) == fields
+
+
 def test_nomic_is_read_in_the_hubs_words_and_written_in_both():
     config = nomic_bert.config_from_hf(HUB_NOMIC)
     assert dataclasses.asdict(config) | {"rope": config.rope} == {

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxembed.errors import UserError
-from jaxembed.hf.architectures import ARCHITECTURES, architecture
+from jaxembed.hf.architectures import architecture
 from jaxembed.hf.bert import config_from_hf
 from jaxembed.hf.folder import read_folder
 from jaxembed.hf.weights import projection_leaves
@@ -158,7 +158,7 @@ def test_all_that_a_new_folder_can_say(tmp_path):
         ((MODULES[0],), "modules Transformer; supported"),
         ((), "modules none; supported"),
         ((*MODULES, ("2_Normalize", OLD + "Normalize"), ("3_Dense", OLD + "Dense")), "modules .*Normalize, Dense; "),
-        ((*MODULES, ("1_Pooling", OLD + "Pooling")), "more than one Pooling"),
+        ((*MODULES, ("1_Pooling", OLD + "Pooling")), "too many Pooling"),
     ],
 )
 def test_modules_that_are_not_supported(tmp_path, modules, message):
@@ -267,7 +267,7 @@ def test_activations(name, ours):
     import torch
     from transformers.activations import ACT2FN
 
-    from jaxembed.models.bert import ACTIVATIONS
+    from jaxembed.models.layers.mlp import ACTIVATIONS
 
     assert config_from_hf(BERT | {"hidden_act": name}).activation == ours
     x = np.linspace(-6, 6, 101, dtype=np.float32)
@@ -301,7 +301,7 @@ TOKENIZER = types.SimpleNamespace(vocab_size=500, pad_id=3, cls_id=4, sep_id=5, 
 SHAPE = {name: BERT[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")}
 
 
-@pytest.mark.parametrize("model_type", list(ARCHITECTURES))
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "xlm-roberta"])
 def test_fresh_config_is_complete_for_transformers(model_type):
     from transformers import AutoConfig
 

@@ -96,7 +96,8 @@ def test_the_table_gives_back_the_same_bits(name, saved):
         np.testing.assert_array_equal(written[tensor], model.tensors[tensor], err_msg=tensor)
 
 
-@pytest.mark.parametrize("name", ["mpnet", "mt5", "nomic_bert", "modernbert", "jina_bert"])
+# mpnet is what jina_bert and mt5 are made of: BERT's block with a bias, and a learned one.
+@pytest.mark.parametrize("name", ["mt5", "nomic_bert", "modernbert", "jina_bert"])
 def test_eight_devices_compute_what_one_does(name, saved):
     """Outputs and gradients with dropout, each within 1e-5 of its largest number."""
     model = saved(name)

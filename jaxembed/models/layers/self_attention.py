@@ -35,6 +35,7 @@ class SelfAttention(nnx.Module):
         dtype: jnp.dtype,
         use_bias: bool = True,
     ) -> None:
+        sharding.require_divisible(heads, "attention heads")
         outer, inner = (("embed", width),), (("heads", heads), (None, head_width))
         keys = jax.random.split(key, 4)
         self.query = Linear(keys[0], outer, inner, stddevs[0], dtype, use_bias)

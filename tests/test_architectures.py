@@ -1,0 +1,186 @@
+"""Every architecture, end to end: made, written as a folder, opened by torch with equal vectors, read back the same."""
+
+import dataclasses
+import importlib.util
+import json
+
+import jax
+import numpy as np
+import pytest
+import tokenizers as tokenizers_library
+from tiny_models import random_params
+from tiny_run import write_tokenizer
+from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
+
+from jaxembed import config as config_lib
+from jaxembed import model_source, sharding
+from jaxembed.config import MeshConfig
+from jaxembed.embedder import Embedder
+from jaxembed.errors import UserError
+from jaxembed.hf.architectures import ARCHITECTURES
+from jaxembed.hf.safetensors_io import open_tensors, write_tensors
+from jaxembed.hf.word_rules import QWEN_WORDS
+from jaxembed.models.options import ModelOptions
+from jaxembed.verification import verify
+
+COMMON = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+}
+T5 = {"d_model": 32, "num_layers": 2, "num_heads": 4, "d_kv": 6, "d_ff": 48, "n_positions": 64}
+SHAPES = {
+    "t5": T5,
+    "mt5": T5 | {"feed_forward_proj": "gated-gelu"},
+    "modernbert": COMMON | {"local_attention": 8},
+    **{name: COMMON | {"num_key_value_heads": 2} for name in ("llama", "qwen2", "qwen3", "phi3")},
+    **{name: COMMON | {"num_key_value_heads": 2, "sliding_window": 5} for name in ("mistral", "gemma2")},
+    "gemma3_text": COMMON | {"num_key_value_heads": 1, "sliding_window": 6, "sliding_window_pattern": 2},
+}
+CASES = [
+    (name, mode)
+    for name, arch in ARCHITECTURES.items()
+    for mode in (("native",) if arch.fixed_attention else ("bidirectional", "causal"))
+]
+WITH_CODE = ("jina_bert",)  # whose class is on the hub, not in transformers
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.make_mesh(MeshConfig())
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    """Which tokenizer.json a model_type takes: mpnet's padding is number 1, qwen2's words are Qwen's."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    plain = write_tokenizer(folder / "tokenizer.json")
+    shifted = json.loads(plain.read_text())
+    vocab = shifted["model"]["vocab"]
+    vocab["[PAD]"], vocab["[UNK]"] = vocab["[UNK]"], vocab["[PAD]"]
+    for token in shifted["added_tokens"]:
+        token["id"] = vocab[token["content"]]
+    (folder / "mpnet.json").write_text(json.dumps(shifted))
+    save_qwen(folder / "qwen.json")
+    return {"mpnet": folder / "mpnet.json", "qwen2": folder / "qwen.json", "": plain}
+
+
+def save_qwen(path) -> None:
+    """Byte-level BPE with Qwen's words."""
+    backend = tokenizers_library.Tokenizer(models.BPE())
+    backend.normalizer = normalizers.NFC()
+    words = pre_tokenizers.Split(tokenizers_library.Regex(QWEN_WORDS), behavior="isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    backend.train_from_iterator(
+        ["the low lower lowest of it"],
+        trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=["<|endoftext|>", "<pad>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    end = [("<|endoftext|>", 0)]
+    backend.post_processor = processors.TemplateProcessing(single="$A <|endoftext|>", special_tokens=end)
+    backend.save(str(path))
+
+
+def make(model_type: str, mode: str, tokenizers, mesh, **model) -> Embedder:
+    """A tiny model with random weights, as a run from scratch would make it."""
+    tokenizer = tokenizers.get(model_type, tokenizers[""])
+    c = config_lib.default_config()
+    c.steps, c.data.train[0].path, c.tokenizer = 1, "none.jsonl", f"file:{tokenizer}"
+    c.model.arch, c.model.shape, c.model.attention = model_type, SHAPES.get(model_type, COMMON), mode
+    c.model.update(model)
+    blueprint, _ = model_source.open_source(config_lib.load(c), tokenizer.parent)
+    factory = blueprint.factory(ModelOptions())
+    with jax.set_mesh(mesh):
+        return Embedder(blueprint, factory, random_params(factory), mesh)
+
+
+@pytest.mark.parametrize(("model_type", "mode"), CASES)
+def test_torch_gives_the_same_vectors_and_the_folder_comes_back(model_type, mode, tokenizers, mesh, tmp_path):
+    make(model_type, mode, tokenizers, mesh).save(tmp_path / "folder")
+    if model_type not in WITH_CODE:
+        found = verify(tmp_path / "folder")  # loading info, reach of attention, padding, fingerprint: all ≤ 1e-5
+        assert set(found) == {"jax", "sentence_transformers", "padded"}
+    Embedder.load(tmp_path / "folder", mesh=mesh).save(tmp_path / "again")
+    for name in ("config.json", "modules.json", "jaxembed.json", "tokenizer.json"):
+        first, second = (json.loads((tmp_path / folder / name).read_text()) for folder in ("folder", "again"))
+        assert first == second, name
+    first, second = (open_tensors(tmp_path / folder) for folder in ("folder", "again"))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        np.testing.assert_array_equal(tensor, second[name], err_msg=name)
+
+
+def test_bfloat16_folders_hold_half_the_bytes_and_verify(tokenizers, mesh, tmp_path):
+    embedder = make("llama", "bidirectional", tokenizers, mesh)
+    embedder.save(tmp_path / "whole")
+    embedder.save(tmp_path / "half", dtype="bfloat16")
+    sizes = [sum(x.nbytes for x in open_tensors(tmp_path / name).values()) for name in ("whole", "half")]
+    assert sizes[0] == 2 * sizes[1]
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+    verify(tmp_path / "half")
+
+
+def test_a_folder_that_turned_causal_or_lost_weights_is_found_out(tokenizers, mesh, tmp_path):
+    make("llama", "bidirectional", tokenizers, mesh).save(tmp_path)
+    said = json.loads((tmp_path / "config_sentence_transformers.json").read_text())
+    assert said["requirements"] == {"transformers": ">=5.2.0"}
+    config = (tmp_path / "config.json").read_text()
+    broken = {key: value for key, value in json.loads(config).items() if key != "is_causal"}
+    (tmp_path / "config.json").write_text(json.dumps(broken))  # now TEI's word is there alone
+    with pytest.raises(UserError, match="does not see its last one, but the model is bidirectional"):
+        verify(tmp_path)
+    (tmp_path / "config.json").write_text(config)
+    tensors = {name: np.array(x) for name, x in open_tensors(tmp_path).items()}
+    write_tensors(tmp_path, {name: x for name, x in tensors.items() if name != "norm.weight"})
+    with pytest.raises(UserError, match=r"missing tensor norm\.weight"):
+        verify(tmp_path)
+
+
+def test_what_no_folder_can_say_is_not_exported(tokenizers, mesh, tmp_path):
+    with pytest.raises(UserError, match=r"config\.model\.attention: no folder can say this"):
+        make("llama", "prefix", tokenizers, mesh)
+    embedder = make("llama", "native", tokenizers, mesh)
+    mixed = embedder.blueprint.architecture.with_attention(
+        embedder.blueprint.hf_config, ("causal", "causal", "bidirectional")
+    )
+    embedder.blueprint.hf_config.clear()
+    embedder.blueprint.hf_config.update(mixed)
+    with pytest.raises(UserError, match="what this model's attention sees"):
+        embedder.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_transformers_would_not_use_is_refused(tokenizers, mesh):
+    with pytest.raises(UserError, match=r"config\.tokenizer: for a qwen2 transformers cuts texts into words by Qwen's"):
+        make("qwen2", "causal", {"": tokenizers[""]}, mesh)
+
+
+def test_two_linear_layers_behind_the_pooling_as_embeddinggemma_has(tokenizers, mesh, tmp_path):
+    small = make("gemma3_text", "bidirectional", tokenizers, mesh)
+    head = dataclasses.replace(small.blueprint.head, expansion=40, projection=32)
+    blueprint = dataclasses.replace(small.blueprint, head=head)
+    factory = blueprint.factory(ModelOptions())
+    with jax.set_mesh(mesh):
+        Embedder(blueprint, factory, random_params(factory), mesh).save(tmp_path / "folder")
+    kinds = [module["type"].rsplit(".")[-1] for module in json.loads((tmp_path / "folder/modules.json").read_text())]
+    assert kinds == ["Transformer", "Pooling", "Dense", "Dense", "Normalize"]
+    verify(tmp_path / "folder")
+    again = Embedder.load(tmp_path / "folder", mesh=mesh)
+    assert again.blueprint.head == head
+    again.save(tmp_path / "again")
+    for part in ("2_Dense", "3_Dense"):
+        first, second = (open_tensors(tmp_path / folder / part) for folder in ("folder", "again"))
+        np.testing.assert_array_equal(first["linear.weight"], second["linear.weight"])
+
+
+def test_sentence_transformers_is_there():
+    """Else the cases above would not compare with torch."""
+    assert importlib.util.find_spec("sentence_transformers")
