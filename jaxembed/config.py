@@ -25,7 +25,7 @@ class LoraConfig:
 
     rank: int = 0  # width of the adapters; 0 = off, all weights are trained
     alpha: float = 16.0  # adapters' outputs are scaled by alpha / rank
-    targets: str = r"layers\..*"  # regex of the checkpoint's linear layers, by their names there (q_proj, up_proj …)
+    targets: str = ""  # regex, found in the checkpoint's names of linear layers ('q_proj|v_proj', 'mlp'); '' = all
     dropout: float = 0.0  # of the adapters' inputs
     rslora: bool = False  # scale by alpha / √rank instead
 
@@ -40,7 +40,7 @@ class ModelConfig:
     attention: str = "native"  # 'native' = the checkpoint's own | 'causal' | 'bidirectional' | 'prefix' (the prompt)
     attention_layers: tuple[str, ...] = ()  # the same, one per layer (BeLLM: only the last 'bidirectional'); () = alike
     rope_scaling: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # for longer texts: rope_type, factor …
-    pooling: str = AUTO  # 'mean' | 'cls' | 'last' | 'weighted_mean' | 'latent'; 'auto' = the folder's own, else mean
+    pooling: str = AUTO  # 'mean' | 'cls' | 'last' | 'weighted_mean' | 'latent'; 'auto' = the folder's own
     latents: int = 512  # of pooling 'latent': vectors that tokens attend to
     latent_heads: int = 8  # … and heads of that attention
     pool_layers: int = -1  # pool a trained weighted mean of the states of layer N (0 = embeddings) and above; -1 = last

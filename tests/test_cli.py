@@ -114,8 +114,8 @@ def test_mistakes_that_show_when_the_run_is_set_up(folder, tmp_path, arguments, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give either --workdir=RUN and --out=FOLDER [--layers=N] [--dim=N], or --verify"),
-        (["--workdir=x"], "give either --workdir=RUN and --out=FOLDER [--layers=N] [--dim=N], or --verify"),
+        ([], "give either --workdir=RUN and --out=FOLDER [--layers=N] [--dim=N] [--dtype="),
+        (["--workdir=x"], "give either --workdir=RUN and --out=FOLDER [--layers=N] [--dim=N] [--dtype="),
         (["--workdir=x", "--out=y", "--verify=z"], "give either"),
         (["--workdir={folder}/run", "--out={folder}/out"], "{folder}/run"),
         (["--verify={folder}/run"], "no jaxembed.json in it"),
