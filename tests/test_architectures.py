@@ -35,7 +35,7 @@ SHAPES = {
     "t5": T5,
     "mt5": T5 | {"feed_forward_proj": "gated-gelu"},
     "modernbert": COMMON | {"local_attention": 8},
-    **{name: COMMON | {"num_key_value_heads": 2} for name in ("llama", "qwen2", "qwen3", "phi3")},
+    **{name: COMMON | {"num_key_value_heads": 2} for name in ("llama", "qwen2", "qwen3", "phi3", "gemma")},
     **{name: COMMON | {"num_key_value_heads": 2, "sliding_window": 5} for name in ("mistral", "gemma2")},
     "gemma3_text": COMMON | {"num_key_value_heads": 1, "sliding_window": 6, "sliding_window_pattern": 2},
 }

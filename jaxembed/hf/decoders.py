@@ -1,4 +1,4 @@
-"""The Hugging Face side of decoder-shaped models: llama, mistral, qwen2, qwen3, gemma2, gemma3_text, phi3."""
+"""The Hugging Face side of decoder-shaped models: llama, mistral, qwen2, qwen3, gemma 1 to 3 (text), phi3."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -104,6 +104,20 @@ FAMILIES: dict[str, Family] = {
             "4.51.0",
             _QWEN | {"head_dim": 128, "attention_bias": False},
             BIDIRECTIONAL_AND_TEI,
+        ),
+        Family(
+            "gemma",
+            "GemmaModel",
+            "4.38.0",
+            _COMMON
+            | {
+                "num_key_value_heads": 16,
+                "head_dim": 256,
+                "max_position_embeddings": 8192,
+                "hidden_act": "gelu_pytorch_tanh",
+                "attention_bias": False,
+            },
+            BIDIRECTIONAL,
         ),
         Family("gemma2", "Gemma2Model", "4.42.0", _GEMMA | {"attn_logit_softcapping": 50.0}, BIDIRECTIONAL),
         Family(
@@ -220,7 +234,7 @@ def config_from_hf(family: Family, hf: Mapping[str, Any], where: str = "config.j
     local = _local(family, hf, n_layers, where)
     modes = read_modes(hf, "bidirectional" if _is_bidirectional(family, hf) else "causal", n_layers, where)
     activation = "hidden_activation" if "hidden_activation" in family.defaults else "hidden_act"
-    return TransformerConfig(
+    config = TransformerConfig(
         vocab_size=read_count(hf, "vocab_size", where),
         width=width,
         layers=n_layers,
@@ -237,8 +251,8 @@ def config_from_hf(family: Family, hf: Mapping[str, Any], where: str = "config.j
         norm_eps=read_number(hf, "rms_norm_eps", where),
         activation=read_activation(hf, activation, where, family.defaults[activation]),
         initializer_range=read_number(hf, "initializer_range", where),
-        **_particular(family, hf, width, where),
     )
+    return dataclasses.replace(config, **_particular(family, hf, width, where))
 
 
 def _particular(family: Family, hf: Mapping[str, Any], width: int, where: str) -> dict[str, Any]:
@@ -250,6 +264,10 @@ def _particular(family: Family, hf: Mapping[str, Any], width: int, where: str) -
         return {"qkv_bias": True}
     if family.model_type == "qwen3":
         return {"qkv_bias": bias, "out_bias": bias, "qk_norm": True}
+    if family.model_type == "gemma":
+        # The first folders say 'gelu' and mean its approximation, as transformers takes it.
+        act = {"activation": "gelu_tanh"} if hf["hidden_act"] == "gelu" else {}
+        return {"qkv_bias": bias, "out_bias": bias, "norm_offset": 1.0, "embedding_scale": width**0.5, **act}
     if family.model_type in ("gemma2", "gemma3_text"):
         softcap = "attn_logit_softcapping"
         return {

@@ -1,4 +1,4 @@
-"""Decoder-shaped transformers: llama, mistral, qwen2, qwen3, gemma2, gemma3_text, phi3.
+"""Decoder-shaped transformers: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3_text, phi3.
 
 One block, normalised before each sub-layer, with rotary positions, grouped queries and a gated MLP (Llama, Touvron et
 al. 2023, arXiv:2302.13971). What differs between the families is in the config: biases (Qwen 2, arXiv:2407.10671),

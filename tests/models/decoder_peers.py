@@ -28,6 +28,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "mistral": {"head_dim": 10, "sliding_window": WINDOW},
     "qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
     "qwen3": {"head_dim": 10, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 3},
+    "gemma": {"head_dim": 10},
     "gemma2": {"head_dim": 10, "query_pre_attn_scalar": 7, "sliding_window": WINDOW, "attn_logit_softcapping": 2.0},
     "gemma3_text": {
         "head_dim": 10,
