@@ -65,7 +65,7 @@ def compile_step(name: str, machine: str) -> Compiled:
     blueprint = make_blueprint(name, config)
     topology, _ = TPUS[machine]
     mesh = make_mesh(config, topology)
-    pair = PairShape(1, config.data.negatives if name != "modernbert" else 0)
+    pair = PairShape(1, min(config.data.negatives, 1))  # of each record: a positive, and a hard negative where wanted
     with jax.set_mesh(mesh):
         factory = blueprint.factory(model_source.options(config.model), 0, blueprint.lora(config.model.lora))
         trained, base = split(factory.abstract())
@@ -90,8 +90,9 @@ def make_blueprint(name: str, config: Config) -> model_source.Blueprint:
     arch = architecture(model_type)
     hf_config = arch.with_attention(arch.fresh_hf_config(shape, NoTokenizer(), "shape"), (config.model.attention,))
     pooling = "mean" if config.model.pooling == "auto" else config.model.pooling
-    head = HeadConfig(pooling=pooling, pool_prompt=config.model.pool_prompt, projection=config.model.projection)
-    return model_source.Blueprint(hf_config, head, 512, {}, "", "cosine", 0, None, {})
+    expansion, projection = (3072, 768) if name == "embeddinggemma" else (0, config.model.projection)
+    head = HeadConfig(pooling, config.model.pool_prompt, expansion=expansion, projection=projection)
+    return model_source.Blueprint(hf_config, head, True, 512, {}, "", "cosine", 0, None, {})
 
 
 def make_mesh(config: Config, topology: str) -> jax.sharding.Mesh:

@@ -161,22 +161,24 @@ def peer(pipe: Connection, arguments: argparse.Namespace, scratch: str, lora: bo
             seconds.append(time.perf_counter() - self.begun)
             self.begun = time.perf_counter()
 
-    with gzip.open(arguments.pairs, "rt") as file:
+    with (gzip.open if arguments.pairs.endswith(".gz") else open)(arguments.pairs, "rt") as file:
         lines = [json.loads(line) for line in file]
     rows = Dataset.from_list([{"query": row["query"], "positive": row["positive"]} for row in lines])
-    model = SentenceTransformer(f"{scratch}/model", device="cpu" if arguments.tiny else "cuda")
+    kind = {"dtype": "bfloat16"} if lora and not arguments.tiny else {}  # a frozen base is cast once, as ours
+    device = "cpu" if arguments.tiny else "cuda"
+    model = SentenceTransformer(f"{scratch}/model", device=device, model_kwargs=kind)
     model.max_seq_length = arguments.row_length
     if lora:
         from peft import LoraConfig, TaskType
 
-        kind = LoraConfig(
+        adapters = LoraConfig(
             task_type=TaskType.FEATURE_EXTRACTION,
             r=LORA["rank"],
             lora_alpha=LORA["alpha"],
             target_modules=LORA_TARGETS,
         )
-        model.add_adapter(kind)
-    chunk = max(1, arguments.batch // CHUNKS)
+        model.add_adapter(adapters)
+    chunk = max(1, 2 * arguments.batch // CHUNKS)  # texts: as many as one of our micro-batches holds
     training = SentenceTransformerTrainingArguments(
         output_dir=f"{scratch}/peer",
         max_steps=arguments.steps + WARM_UP,

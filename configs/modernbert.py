@@ -32,6 +32,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.prompts = {"query": "search_query: ", "document": "search_document: "}
     c.data.max_length.query, c.data.max_length.document = 256, 2048
     c.data.row_length = "2048"
+    c.data.negatives = 0
     c.loss.temperature = 0.02
     c.optimizer.learning_rate = 8e-5
     c.optimizer.warmup_steps = 500

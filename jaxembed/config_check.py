@@ -1,9 +1,11 @@
 """Set-ups that cannot be right, refused before any device starts."""
 
+import dataclasses
 import math
 import re
+from typing import Any
 
-from jaxembed.config import MODEL_KINDS, Config, ModelConfig, SourceConfig
+from jaxembed.config import AUTO, MODEL_KINDS, Config, ModelConfig, SourceConfig
 from jaxembed.data.shares import pairs_by_share
 from jaxembed.data.sources import DATA_SETS
 from jaxembed.data.templates import parse
@@ -189,6 +191,7 @@ def _model(c: Config) -> None:
     )
     if m.lora.rank:
         _lora(m)
+    _no_idle_fields(m)
     require(m.latents >= 1, f"config.model.latents = {m.latents}: must be at least 1")
     require(m.latent_heads >= 1, f"config.model.latent_heads = {m.latent_heads}: must be at least 1")
     require(m.pool_layers >= -1, f"config.model.pool_layers = {m.pool_layers}: a layer (0 = embeddings), or -1")
@@ -204,6 +207,20 @@ def _model(c: Config) -> None:
         m.attention_dropout == 0 or m.attention_kernel != "pallas",
         "config.model.attention_dropout needs config.model.attention_kernel = 'xla': the kernels have no dropout",
     )
+
+
+def _no_idle_fields(m: ModelConfig) -> None:
+    """Fields of a part that is off were set by mistake; with pooling 'auto' latent attention may be the folder's."""
+    usual = ModelConfig()
+    idle: list[tuple[str, Any, Any, str]] = []
+    if not m.lora.rank:
+        fields = dataclasses.asdict(m.lora).items()
+        idle += [(f"lora.{f}", v, getattr(usual.lora, f), "lora.rank = 0: set the rank") for f, v in fields]
+    if m.pooling not in (AUTO, "latent"):
+        why = f"pooling = {m.pooling!r}: set that to 'latent'"
+        idle += [(f, getattr(m, f), getattr(usual, f), why) for f in ("latents", "latent_heads")]
+    for name, value, default, why in idle:
+        require(value == default, f"config.model.{name} = {value!r} is of no use with config.model.{why}")
 
 
 def _lora(m: ModelConfig) -> None:

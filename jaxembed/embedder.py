@@ -21,7 +21,7 @@ from jaxembed.model_source import Blueprint
 from jaxembed.models.options import ModelOptions
 from jaxembed.models.pooling import MODES
 from jaxembed.models.text_encoder import ModelFactory, Params
-from jaxembed.prompting import adapt
+from jaxembed.prompting import adapt, require_seeing
 from jaxembed.run_folder import RunStep
 from jaxembed.sharding import ROWS, batch_shards, put
 
@@ -95,12 +95,12 @@ class Embedder:
             if value not in known:
                 raise UserError(f"{name}={value!r}: {path} takes {', '.join(known)}")
         tokenizers: tuple[Tokenizer, ...] = ()
-        if template or pooling != AUTO:
-            run = None  # whose scores are another model's
-            blueprint, tokenizers = _prompted(blueprint, pooling, template)
         if attention != "native":
             hf_config = blueprint.architecture.with_attention(blueprint.hf_config, (attention,))
-            run, blueprint = None, dataclasses.replace(blueprint, hf_config=hf_config)
+            run, blueprint = None, dataclasses.replace(blueprint, hf_config=hf_config)  # no run's scores are its own
+        if template or pooling != AUTO:
+            run = None
+            blueprint, tokenizers = _prompted(blueprint, pooling, template)
         factory = blueprint.factory(ModelOptions(dtype=dtype))
         with jax.set_mesh(mesh):
             return cls(blueprint, factory, load(factory), mesh, run, tokenizers)
@@ -241,10 +241,13 @@ def _prompted(
     each = several(template) if isinstance(template, str) else tuple(template)
     if not each:
         raise UserError("template=(): name at least one")
-    heads, tokenizers = zip(*(adapt(blueprint.head, blueprint.tokenizer, pooling, one) for one in each))
+    said = blueprint.pooling_said
+    adapted = (adapt(blueprint.head, blueprint.tokenizer, pooling, one, said=said) for one in each)
+    heads, tokenizers = zip(*adapted)
+    require_seeing(heads[0], blueprint.backbone.attention)
     if len(set(heads)) > 1:
         raise UserError("template: some of them pool the last token and others not: name the pooling too")
-    longest = min(tokenizer.fitting(blueprint.backbone.max_length) for tokenizer in tokenizers)
+    longest = min(tokenizer.fitting(blueprint.longest) for tokenizer in tokenizers)
     shorter = min(blueprint.max_length, longest)
     return dataclasses.replace(blueprint, head=heads[0], tokenizer=tokenizers[0], max_length=shorter), tokenizers
 

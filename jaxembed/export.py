@@ -64,7 +64,8 @@ def export_model(
         sizes = sizes_of(stages_of(run_folder.read_config(small.run.workdir))[-1].config.matryoshka)
         hf_config = _with_widths(hf_config, sizes, layers, small.width)
     projection = small.params.get("projection")
-    fingerprint = write_fingerprint(small.encode(list(TEXTS)))
+    with jax.default_matmul_precision("float32"):
+        fingerprint = write_fingerprint(small.encode(list(TEXTS)))
     note = _note(embedder, sizes, layers, dim)
     with jax.set_mesh(small.mesh):
         write_folder(
@@ -90,15 +91,19 @@ def export_model(
         )
 
 
-def export_adapter(spec: str, out: pathlib.Path) -> None:
+def export_adapter(spec: str, out: pathlib.Path) -> str:
     """Writes the adapters of a run as a folder that `peft.PeftModel.from_pretrained` opens.
 
     Args:
       spec: the run: 'DIR', 'DIR@STEP' or 'DIR@best'.
       out: the folder, which must not be there.
 
+    Returns:
+      What its README warns of, '' for nothing.
+
     Raises:
-      UserError: the run has no adapters, or has trained what such a folder cannot hold; its base is another run.
+      UserError: the run has no adapters, or has trained what such a folder cannot hold; its base is another run, or has
+        other weights now.
     """
     import jax
     import numpy as np
@@ -107,7 +112,7 @@ def export_adapter(spec: str, out: pathlib.Path) -> None:
     from jaxembed.checkpoint import split
     from jaxembed.config import MeshConfig
     from jaxembed.hf.attention_modes import portable
-    from jaxembed.hf.peft import base_of, write_peft
+    from jaxembed.hf.peft import base_of, caution, write_peft
     from jaxembed.models.lora import is_adapter
     from jaxembed.models.text_encoder import BACKBONE, flatten
 
@@ -122,6 +127,8 @@ def export_adapter(spec: str, out: pathlib.Path) -> None:
     if kind != "hf":
         raise UserError(f"--adapter: the adapters of {workdir} stand on {model.init}, no folder: leave --adapter out")
     base, revision = base_of(where)
+    own, _ = model_source.open_base(workdir, model.init)
+    warning = caution(blueprint.architecture, blueprint.hf_config, own.hf_config)
     with jax.set_mesh(sharding.make_mesh(MeshConfig())):
         leaves = flatten(model_source.load_trained(spec, blueprint, lora))
         head = sorted({path.split("/")[0] for path in leaves if not is_adapter(path)})
@@ -145,7 +152,9 @@ def export_adapter(spec: str, out: pathlib.Path) -> None:
         pool_prompt=blueprint.head.pool_prompt,
         normalize=blueprint.head.normalize,
         prompts=blueprint.prompts,
+        warning=warning,
     )
+    return warning
 
 
 def _smaller(embedder: "Embedder", layers: int, dim: int) -> "Embedder":
@@ -231,7 +240,9 @@ def main() -> None:
             print(f"{name}: largest difference {value:.1e}")
         print(json.dumps({"verified": folder, **differences}))
     elif adapter:
-        export_adapter(workdir, pathlib.Path(out))
+        warning = export_adapter(workdir, pathlib.Path(out))
+        if warning:
+            print(warning)
         print(json.dumps({"exported": out}))
     else:
         from jaxembed import run_folder

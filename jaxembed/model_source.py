@@ -5,6 +5,7 @@ A run keeps its blueprint in WORKDIR/model/, so that its checkpoints can be used
 """
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Mapping
@@ -15,12 +16,13 @@ import numpy as np
 
 from jaxembed import checkpoint, run_folder
 from jaxembed.config import AUTO, Config, LoraConfig, ModelConfig, TeacherConfig
-from jaxembed.config_check import TRAINED
+from jaxembed.config_check import MAX_LENGTH, TRAINED
 from jaxembed.data.tokenizer import Tokenizer
 from jaxembed.data.tokenizer_training import train_for
 from jaxembed.errors import UserError
 from jaxembed.hf.architectures import Architecture, architecture, architecture_of
 from jaxembed.hf.attention_modes import portable
+from jaxembed.hf.digest import digest
 from jaxembed.hf.folder import Folder, read_folder
 from jaxembed.hf.hub import resolve
 from jaxembed.hf.loading import load_onto
@@ -41,7 +43,7 @@ from jaxembed.models.text_encoder import (
     split,
     unflatten,
 )
-from jaxembed.prompting import adapt, require_portable
+from jaxembed.prompting import adapt, require_portable, require_seeing
 from jaxembed.stages import stages_of
 
 FOLDER = "model"
@@ -57,6 +59,7 @@ class Blueprint:
     Attributes:
       hf_config: the Hugging Face config.json; its model_type names the architecture.
       head: from token states to a vector.
+      pooling_said: whether the folder that it comes from says how to pool; False where that is a guess.
       max_length: longest text in tokens.
       prompts: named prompts.
       default_prompt_name: the prompt used when none is named; '' for none.
@@ -64,10 +67,12 @@ class Blueprint:
       truncate_dim: vectors are cut to this many dimensions after all else; 0 for not.
       tokenizer: texts to token ids.
       unused: tensors that the architecture's class has and embeddings do not use; handed through to the export.
+      base: a digest of the weights that a run's adapters stand on; '' without adapters.
     """
 
     hf_config: dict[str, Any]
     head: HeadConfig
+    pooling_said: bool
     max_length: int
     prompts: dict[str, str]
     default_prompt_name: str
@@ -75,6 +80,7 @@ class Blueprint:
     truncate_dim: int
     tokenizer: Tokenizer
     unused: Mapping[str, np.ndarray]
+    base: str = ""
 
     @property
     def architecture(self) -> Architecture:
@@ -85,6 +91,11 @@ class Blueprint:
     def backbone(self) -> Any:
         """The backbone's frozen config."""
         return self.architecture.config_from_hf(self.hf_config)
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that a text may have."""
+        return self.backbone.max_length if self.architecture.bounded else MAX_LENGTH
 
     def factory(self, options: ModelOptions, seed: int = 0, lora: Lora | None = None) -> ModelFactory:
         """Returns the maker of this model; `seed` is that of fresh weights, `lora` its adapters."""
@@ -144,7 +155,8 @@ def open_source(c: Config, workdir: pathlib.Path) -> tuple[Blueprint, Loader]:
       UserError: a folder, run or architecture that does not serve; bad texts, where a tokenizer is made of them.
     """
     blueprint, load = _scratch(c, workdir) if c.model.init == "scratch" else _open(c.model.init)
-    return _adapted(blueprint, c), load
+    base = _digest(c.model.init) if c.model.lora.rank else ""
+    return dataclasses.replace(_adapted(blueprint, c), base=base), load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +221,7 @@ def open_folder(path: pathlib.Path) -> tuple[Blueprint, Loader]:
             **{f"{name}_bias": bias for name, (_, bias) in dense.items()},
             normalize=folder.normalize,
         ),
+        pooling_said=folder.pooling_said,
         max_length=folder.max_length,
         prompts=dict(folder.prompts),
         default_prompt_name=folder.default_prompt_name,
@@ -218,7 +231,7 @@ def open_folder(path: pathlib.Path) -> tuple[Blueprint, Loader]:
         unused=unused_tensors(folder),
     )
     _require_fitting(blueprint.tokenizer, blueprint, f"{path}: its tokenizer")
-    longest = blueprint.tokenizer.fitting(blueprint.backbone.max_length)
+    longest = blueprint.tokenizer.fitting(blueprint.longest)
     blueprint = dataclasses.replace(blueprint, max_length=min(blueprint.max_length, longest))
     return blueprint, lambda factory: _load_folder(folder, factory)
 
@@ -230,18 +243,14 @@ def open_run(spec: str) -> tuple[Blueprint, Loader]:
     run that is still training serves such a run best as 'run:DIR@STEP'.
 
     Raises:
-      UserError: there is no such run or checkpoint, or what it started from is there no more.
+      UserError: there is no such run or checkpoint, or what it started from is gone or has changed.
     """
     checkpoint.find(spec)
     workdir = checkpoint.split(spec)[0]
     blueprint = Blueprint.load(workdir / FOLDER)
     model = run_folder.read_config(workdir).model
     if model.lora.rank:
-        try:
-            _, load_base = _open(model.init)
-        except UserError as error:
-            base = f"its checkpoints hold adapters to config.model.init = {model.init!r}"
-            raise UserError(f"run:{spec}: {base}, which cannot be opened: {error}") from error
+        _, load_base = open_base(workdir, model.init)
         return blueprint, lambda factory: _load_merged(spec, blueprint, model.lora, load_base, factory)
 
     def load(factory: ModelFactory) -> Params:
@@ -253,6 +262,54 @@ def open_run(spec: str) -> tuple[Blueprint, Loader]:
         return _completed(unflatten(kept), factory)
 
     return blueprint, load
+
+
+def open_base(workdir: pathlib.Path, init: str) -> tuple[Blueprint, Loader]:
+    """Opens what a run's adapters stand on: `init` is its config.model.init.
+
+    Raises:
+      UserError: it is there no more, or has other weights now.
+    """
+    try:
+        opened = _open(init)
+    except UserError as error:
+        base = f"its checkpoints hold adapters to config.model.init = {init!r}"
+        raise UserError(f"run:{workdir}: {base}, which cannot be opened: {error}") from error
+    require_base(workdir, init, _digest(init))
+    return opened
+
+
+def require_base(workdir: pathlib.Path, init: str, base: str) -> None:
+    """Makes sure that what a run's adapters stand on is still what they were trained on.
+
+    Args:
+      workdir: the run's folder.
+      init: its config.model.init.
+      base: a digest of the weights there now.
+
+    Raises:
+      UserError: its weights are others now.
+    """
+    if Blueprint.load(workdir / FOLDER).base != base:
+        raise UserError(
+            f"{workdir}: the weights of config.model.init = {init!r} are not those that its adapters were trained on: "
+            "put these back, or train anew in another --workdir; hf:ORG/NAME@REVISION and run:DIR@STEP keep theirs"
+        )
+
+
+def _digest(init: str) -> str:
+    """Returns a digest of the weights of 'hf:…' or 'run:…'; see `Blueprint.base`.
+
+    That of a checkpoint is made of its files' names, which no two that were saved have in common, and sizes.
+    """
+    kind, _, where = init.partition(":")
+    if kind == "hf":
+        return digest(open_tensors(read_folder(resolve(where)).transformer))
+    step = checkpoint.find(where)
+    files = sorted(path for part in ("model", "average") for path in (step / part).rglob("*") if path.is_file())
+    said = [step.name, Blueprint.load(checkpoint.split(where)[0] / FOLDER).base]
+    said += [f"{path.relative_to(step)} {path.stat().st_size}" for path in files]
+    return hashlib.sha256("\n".join(said).encode()).hexdigest()
 
 
 def load_trained(spec: str, blueprint: Blueprint, lora: Lora) -> Params:
@@ -294,7 +351,7 @@ def _scratch(c: Config, workdir: pathlib.Path) -> tuple[Blueprint, Loader]:
     shape = dict(c.model.shape)
     hf_config = arch.fresh_hf_config(shape, tokenizer, "config.model.shape")
     longest = arch.config_from_hf(hf_config).max_length
-    blueprint = Blueprint(hf_config, HeadConfig(), longest, {}, "", "cosine", 0, tokenizer, {})
+    blueprint = Blueprint(hf_config, HeadConfig(), True, longest, {}, "", "cosine", 0, tokenizer, {})
     return blueprint, lambda factory: jax.jit(factory.fresh)()
 
 
@@ -305,7 +362,7 @@ def _adapted(blueprint: Blueprint, c: Config) -> Blueprint:
         raise UserError(f"config.model.arch = {m.arch!r}, but {m.init} is a {arch.model_type!r}: leave it 'auto'")
     if m.rope_scaling:
         hf_config = arch.with_rope_scaling(hf_config, m.rope_scaling)
-    longest = arch.config_from_hf(hf_config).max_length
+    longest = dataclasses.replace(blueprint, hf_config=hf_config).longest
     hf_config = arch.with_attention(hf_config, m.attention_layers or (m.attention,))
     if c.export and not portable(hf_config):
         raise UserError(
@@ -318,10 +375,17 @@ def _adapted(blueprint: Blueprint, c: Config) -> Blueprint:
     if c.tokenizer != AUTO and m.init != "scratch":
         tokenizer = Tokenizer.load(_tokenizer_spec(c.tokenizer))
         _require_fitting(tokenizer, blueprint, f"config.tokenizer = {c.tokenizer}")
-    head, tokenizer = adapt(_head(blueprint, c), tokenizer, m.pooling, m.template, "config.model.")
+    head = _head(blueprint, c)
+    attention = arch.config_from_hf(hf_config).attention
+    if not blueprint.pooling_said and "bidirectional" in attention:
+        head = dataclasses.replace(head, pooling="mean")  # the guess for what generates was the last token
+    head, tokenizer = adapt(head, tokenizer, m.pooling, m.template, "config.model.", blueprint.pooling_said)
+    require_seeing(head, attention)
     if c.export:
         require_portable(head, tokenizer)
         require_cut(arch.cuts, tokenizer, arch.model_type)
+    if not head.pool_prompt:
+        _require_apart(tokenizer, blueprint.prompts | dict(c.prompts))
     if head.pool_layers >= 0:
         hf_config = hf_config | {"output_hidden_states": True}  # else sentence-transformers skips the mean of layers
     lengths = _lengths(c, tokenizer, blueprint.max_length, longest, arch.model_type)
@@ -329,6 +393,7 @@ def _adapted(blueprint: Blueprint, c: Config) -> Blueprint:
         blueprint,
         hf_config=hf_config,
         head=head,
+        pooling_said=True,
         tokenizer=tokenizer,
         max_length=max(lengths.values()),
         prompts=blueprint.prompts | {name: text for name, text in c.prompts.items() if text},
@@ -363,6 +428,16 @@ def _head(blueprint: Blueprint, c: Config) -> HeadConfig:
         projection=m.projection or head.projection,
         normalize=m.normalize,
     )
+
+
+def _require_apart(tokenizer: Tokenizer, prompts: Mapping[str, str]) -> None:
+    """Refuses prompts whose last token swallows the beginning of a text, which then would not be pooled."""
+    for name, prompt in prompts.items():
+        if prompt and not tokenizer.keeps(prompt):
+            raise UserError(
+                f"config.prompts.{name} = {prompt!r}: its last token merges with a text's first word, which "
+                "config.model.pool_prompt = False then leaves out: end the prompt without a space, or pool prompts too"
+            )
 
 
 def _lengths(c: Config, tokenizer: Tokenizer, usual: int, longest: int, model_type: str) -> dict[str, int]:

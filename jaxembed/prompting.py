@@ -1,6 +1,7 @@
 """What a model does around a text: the pooling, end token and template that were asked for, on a given model."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from jaxembed.config import AUTO
 from jaxembed.data import templates
@@ -10,7 +11,7 @@ from jaxembed.models.text_encoder import HeadConfig
 
 
 def adapt(
-    head: HeadConfig, tokenizer: Tokenizer, pooling: str, template: str, where: str = ""
+    head: HeadConfig, tokenizer: Tokenizer, pooling: str, template: str, where: str = "", said: bool = True
 ) -> tuple[HeadConfig, Tokenizer]:
     """Returns the head and the tokenizer with another pooling and a template.
 
@@ -28,15 +29,18 @@ def adapt(
       pooling: as of `config.model.pooling`; 'auto' for the model's own.
       template: as of `config.model.template`; '' for none.
       where: what comes before 'pooling' and 'template' where they are set, for messages: 'config.model.' or ''.
+      said: whether the model's folder says how it pools. Where it does not, its pooling is a guess: no training to keep
+        to, and an echoed text is pooled by the mean.
 
     Raises:
       UserError: no such template, one on top of another, or no end token to pool.
     """
     words = templates.parse(template, f"{where}template") if template else None
     mode = head.pooling if pooling == AUTO else pooling
-    if words and words.after:
-        mode = "last" if pooling == AUTO else mode
-    elif pooling == "last" and head.pooling != "last" and not tokenizer.appends_eos:
+    if words and pooling == AUTO and (words.after or not said):
+        mode = "last" if words.after else "mean"
+    trained_so = said and head.pooling == "last"
+    if pooling == "last" and not (tokenizer.appends_eos or trained_so or (words and words.after)):
         tokenizer = tokenizer.with_end_token(f"{where}pooling = 'last'")
     if words:
         tokenizer = tokenizer.with_template(words, f"{where}template")
@@ -46,6 +50,20 @@ def adapt(
     elif tokenizer.copies > 1 and mode != "cls":
         pool_prompt = False
     return dataclasses.replace(head, pooling=mode, pool_prompt=pool_prompt), tokenizer
+
+
+def require_seeing(head: HeadConfig, attention: Sequence[str]) -> None:
+    """Refuses to pool the first token of a model whose first token sees nothing: all texts would get one vector.
+
+    Args:
+      head: the model's.
+      attention: its modes, one for all layers or one for each.
+
+    Raises:
+      UserError: pooling is 'cls', and no layer is bidirectional.
+    """
+    if head.pooling == "cls" and "bidirectional" not in attention:
+        raise UserError("pooling = 'cls': the first token of a causal model sees no other; take 'last' or 'mean'")
 
 
 def require_portable(head: HeadConfig, tokenizer: Tokenizer) -> None:

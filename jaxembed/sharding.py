@@ -63,6 +63,17 @@ def require_divisible(size: int, what: str) -> None:
         raise UserError(f"config.mesh.tensor = {tensor} does not divide the model's {size} {what}")
 
 
+def require_shardable(names: Sequence[str | None], shape: Sequence[int]) -> None:
+    """Raises UserError where the mesh does not divide a parameter's dimensions evenly; needs a mesh set."""
+    mesh = jax.sharding.get_abstract_mesh().shape
+    for axis, size in zip((TABLE[name] for name in names), shape):
+        axes = (axis,) if isinstance(axis, str) else axis or ()
+        parts = math.prod(mesh[name] for name in axes)
+        if size % parts:
+            said = " times ".join(f"config.mesh.{name} = {mesh[name]}" for name in axes if mesh[name] > 1)
+            raise UserError(f"{said} does not divide a size of the model, {size}: take another mesh")
+
+
 def _without_fsdp(axis: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
     if isinstance(axis, tuple):
         kept = tuple(a for a in axis if a != "fsdp")

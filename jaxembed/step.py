@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec as P
 
 from jaxembed.config import Config
 from jaxembed.data.batch import Batch, PairShape, Rows
@@ -14,7 +15,7 @@ from jaxembed.losses.objective import loss_params, objective
 from jaxembed.models.layers.dropout import Noise, step_seed
 from jaxembed.models.text_encoder import ModelFactory, Params, join
 from jaxembed.optimizer import freeze, rate_factors, schedule
-from jaxembed.sharding import batch_shards
+from jaxembed.sharding import BATCH, batch_shards
 
 Metrics = dict[str, jax.Array]
 # Parameters that a step reads and leaves as they are, and that no checkpoint holds: the 'base' that the model's
@@ -146,8 +147,10 @@ def encode(
     by_shard = vectors.transpose(1, 2, 0, 3, 4)
     depths, *_, width = by_shard.shape
     queries, others = by_shard[:, :, :, :n_queries], by_shard[:, :, :, n_queries:]
-    by_pair = others.reshape(*by_shard.shape[:3], n_queries, texts_per_pair - 1, width)
-    return queries.reshape(depths, -1, width), by_pair.reshape(depths, -1, texts_per_pair - 1, width)
+    # Said, because what of several dimensions of size 1 was sharded cannot be told from the shapes.
+    by_query = jax.lax.reshape(queries, (depths, n_pairs, width), out_sharding=P(None, BATCH, None))
+    others_shape, others_spec = (depths, n_pairs, texts_per_pair - 1, width), P(None, BATCH, None, None)
+    return by_query, jax.lax.reshape(others, others_shape, out_sharding=others_spec)
 
 
 def make_step(

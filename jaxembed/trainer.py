@@ -60,10 +60,12 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         _check_sizes(config, blueprint, mesh)
         run_folder.claim(workdir, config, write=main_process)
         stack.enter_context(run_folder.disk_errors(workdir))
-        if main_process:
-            blueprint.save(workdir / model_source.FOLDER)
         checkpoints = Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.best)
         start = checkpoints.latest()
+        if start is not None and lora:
+            model_source.require_base(workdir, config.model.init, blueprint.base)
+        if main_process:
+            blueprint.save(workdir / model_source.FOLDER)
         meta = checkpoints.meta(start) if start is not None else {}
         stages = _open_stages(config, blueprint, lora, mesh, meta, teacher.blueprint if teacher else None)
         steps = stages[-1].last

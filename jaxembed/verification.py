@@ -15,7 +15,7 @@ import numpy as np
 from jaxembed.errors import UserError
 
 FINGERPRINT = "jaxembed.json"
-TOLERANCE = 1e-5  # largest absolute difference of a vector's component
+TOLERANCE = 1e-5  # largest difference of a vector's component; of vectors longer than 1, relative to their length
 FELT = 1e-4  # a first token's state that sees the last token moves by more, relative to its largest entry
 
 # Short and long, several scripts, odd characters: what a wrong tokenizer, mask or pooling would show on.
@@ -35,7 +35,7 @@ def verify(folder: pathlib.Path) -> dict[str, float]:
     """Checks a folder.
 
     Returns:
-      'jax': the largest absolute difference of its vectors from the fingerprint; and where torch and
+      'jax': the largest difference (see TOLERANCE) of its vectors from the fingerprint; and where torch and
       sentence-transformers are installed, and the architecture is transformers' own, 'sentence_transformers': the same
       there, and 'padded': the largest difference between texts encoded together and each alone.
 
@@ -96,11 +96,28 @@ def _verify_in_torch(
 
 
 def _only_ours(folder: pathlib.Path) -> bool:
-    """Whether there is code in the folder, all of it what our writer puts there, so that it may run."""
+    """Whether there is code in the folder, all of it what our writer puts there, so that it may run.
+
+    An `auto_map` anywhere could name code that lies elsewhere, a link could lead to it.
+    """
     from jaxembed.hf.writer import LATENT_CODE
 
-    codes = [path.read_bytes() for path in folder.rglob("*.py")]
+    files = list(folder.rglob("*"))
+    if any(path.is_symlink() for path in files) or any(_maps_code(path) for path in files if path.suffix == ".json"):
+        return False
+    codes = [path.read_bytes() for path in files if path.suffix == ".py"]
     return bool(codes) and all(code == LATENT_CODE.read_bytes() for code in codes)
+
+
+def _maps_code(path: pathlib.Path) -> bool:
+    """Whether the key `auto_map` stands anywhere in a JSON file."""
+
+    def found(value: Any) -> bool:
+        if isinstance(value, dict):
+            return "auto_map" in value or any(map(found, value.values()))
+        return isinstance(value, list) and any(map(found, value))
+
+    return found(json.loads(path.read_bytes()))
 
 
 def _check_loading(folder: pathlib.Path, kind: type) -> None:
@@ -139,4 +156,5 @@ def _check_reach(folder: pathlib.Path, backbone: Any, attention: tuple[str, ...]
 
 
 def _difference(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.abs(a - b).max()) if a.shape == b.shape else float("inf")
+    lengths = np.maximum(1, np.linalg.norm(b, axis=-1, keepdims=True))
+    return float((np.abs(a - b) / lengths).max()) if a.shape == b.shape else float("inf")

@@ -17,11 +17,12 @@ from jaxembed import model_source, sharding
 from jaxembed.config import MeshConfig
 from jaxembed.embedder import Embedder
 from jaxembed.errors import UserError
+from jaxembed.export import export_model
 from jaxembed.hf.architectures import ARCHITECTURES
 from jaxembed.hf.safetensors_io import open_tensors, write_tensors
 from jaxembed.hf.word_rules import QWEN_WORDS
 from jaxembed.models.options import ModelOptions
-from jaxembed.verification import verify
+from jaxembed.verification import _only_ours, verify
 
 COMMON = {
     "hidden_size": 32,
@@ -76,7 +77,7 @@ def save_qwen(path) -> None:
         [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     backend.train_from_iterator(
-        ["the low lower lowest of it"],
+        ["the low lower lowest of it, word by word"],
         trainers.BpeTrainer(
             vocab_size=400,
             special_tokens=["<|endoftext|>", "<pad>"],
@@ -179,6 +180,125 @@ def test_two_linear_layers_behind_the_pooling_as_embeddinggemma_has(tokenizers, 
     for part in ("2_Dense", "3_Dense"):
         first, second = (open_tensors(tmp_path / folder / part) for folder in ("folder", "again"))
         np.testing.assert_array_equal(first["linear.weight"], second["linear.weight"])
+
+
+def edit(path, **fields) -> None:
+    """Changes fields of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_teis_word_alone_becomes_both(tokenizers, mesh, tmp_path):
+    """A folder that transformers would open as causal is meant to be bidirectional: so it is read and written again."""
+    make("llama", "bidirectional", tokenizers, mesh).save(tmp_path / "folder")
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    del config["is_causal"]
+    (tmp_path / "folder" / "config.json").write_text(json.dumps(config))
+    Embedder.load(tmp_path / "folder", mesh=mesh).save(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["is_causal"] is False
+    verify(tmp_path / "again")
+
+
+def test_what_generates_is_pooled_at_an_end_token_where_that_is_asked_for(tokenizers, mesh, tmp_path):
+    """Base models come as …ForCausalLM without modules.json: their last-token pooling is a guess, not a training."""
+    make("llama", "causal", {"": tokenizers["qwen2"]}, mesh).save(tmp_path)
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
+    tokenizer["post_processor"] = None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    edit(tmp_path / "tokenizer_config.json", eos_token="<|endoftext|>")
+    (tmp_path / "modules.json").unlink()
+    edit(tmp_path / "config.json", architectures=["LlamaForCausalLM"])
+    assert Embedder.load(tmp_path, mesh=mesh).blueprint.head.pooling == "last"  # as sentence-transformers guesses
+    assert Embedder.load(tmp_path, template="echo", mesh=mesh).blueprint.head.pooling == "mean"
+    asked = Embedder.load(tmp_path, pooling="last", mesh=mesh).blueprint
+    assert asked.tokenizer.appends_eos and asked.tokenizer.encode(["the low"], 3)[0][-1] == 0
+
+    def adapted(**model):
+        c = config_lib.default_config()
+        c.steps, c.data.train[0].path, c.model.init = 1, "none.jsonl", f"hf:{tmp_path}"
+        c.model.update(model)
+        return model_source.open_source(config_lib.load(c), tmp_path)[0]
+
+    assert adapted().head.pooling == "last" and not adapted().tokenizer.appends_eos
+    assert adapted(pooling="last").tokenizer.appends_eos
+    assert adapted(attention="bidirectional").head.pooling == "mean"
+    with pytest.raises(UserError, match="pooling = 'cls': the first token of a causal model"):
+        adapted(pooling="cls")
+    with pytest.raises(UserError, match="pooling = 'cls': the first token of a causal model"):
+        Embedder.load(tmp_path, pooling="cls", mesh=mesh)
+    assert adapted(pooling="cls", attention="bidirectional").head.pooling == "cls"
+
+
+def test_a_prompt_that_swallows_the_text_is_not_left_out(tokenizers, mesh):
+    """'Query: ' and 'low' are cut into 'Query:' and ' low': the first word would count as prompt."""
+    known = {"": tokenizers["qwen2"]}
+    c = config_lib.default_config()
+    c.steps, c.data.train[0].path, c.tokenizer = 1, "none.jsonl", f"file:{known['']}"
+    c.model.arch, c.model.shape, c.model.pool_prompt = "llama", COMMON, False
+    c.prompts.query = "the lower:"
+    model_source.open_source(config_lib.load(c), known[""].parent)
+    c.prompts.query = "the lower: "
+    with pytest.raises(UserError, match=r"config\.prompts\.query = 'the lower: ': its last token merges"):
+        model_source.open_source(config_lib.load(c), known[""].parent)
+
+
+def test_longer_texts_by_interpolated_positions(tokenizers, mesh, tmp_path):
+    scaling = {"rope_type": "yarn", "factor": 4.0}
+    longer = make("llama", "bidirectional", tokenizers, mesh, rope_scaling=scaling)
+    assert longer.blueprint.backbone.max_length == 256
+    blueprint = dataclasses.replace(longer.blueprint, max_length=256)
+    Embedder(blueprint, longer.factory, longer.params, mesh).save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["max_position_embeddings"] == 256 and config["rope_scaling"]["rope_type"] == "yarn"
+    verify(tmp_path)
+    with pytest.raises(UserError, match="bert has no rotary positions"):
+        make("bert", "native", tokenizers, mesh, rope_scaling=scaling)
+
+
+def test_t5_knows_no_longest_text(tokenizers, mesh, tmp_path):
+    make("t5", "native", tokenizers, mesh).save(tmp_path)
+    edit(tmp_path / "sentence_bert_config.json", max_seq_length=100)
+    longer = Embedder.load(tmp_path, mesh=mesh)
+    assert longer.blueprint.max_length == 100  # of 64 that its config speaks of
+    from sentence_transformers import SentenceTransformer
+
+    text = "lo " * 90
+    peer = SentenceTransformer(str(tmp_path), device="cpu", local_files_only=True)
+    assert np.abs(peer.encode([text]) - longer.encode([text])).max() <= 1e-5
+
+
+def test_one_layer_of_modernbert(tokenizers, mesh, tmp_path):
+    export_model(make("modernbert", "native", tokenizers, mesh), tmp_path, layers=1)
+    verify(tmp_path)
+
+
+def test_vectors_of_any_length_verify(tokenizers, mesh, tmp_path):
+    raw = make("mistral", "bidirectional", tokenizers, mesh)
+    head = dataclasses.replace(raw.blueprint.head, normalize=False)
+    blueprint = dataclasses.replace(raw.blueprint, head=head)
+    params = jax.tree.map(lambda x: x, raw.params)
+    params["backbone"]["norm"]["scale"] = 100 * params["backbone"]["norm"]["scale"]
+    Embedder(blueprint, blueprint.factory(ModelOptions()), params, mesh).save(tmp_path)
+    verify(tmp_path)
+
+
+def test_verification_runs_no_code_of_others(tokenizers, mesh, tmp_path):
+    """Our own latent attention in a folder is no leave for what tokenizer_config.json maps to."""
+    latent = make("llama", "bidirectional", tokenizers, mesh, pooling="latent", latents=4, latent_heads=4)
+    latent.save(tmp_path / "model")
+    assert _only_ours(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "tok.py").write_text("raise SystemExit('code of others ran')")
+    named = {"AutoTokenizer": ["data--tok.Tok", "data--tok.Tok"]}
+    edit(tmp_path / "model" / "tokenizer_config.json", auto_map=named)
+    assert not _only_ours(tmp_path / "model")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        verify(tmp_path / "model")
+
+
+def test_meshes_that_do_not_divide_a_model_are_refused(tokenizers):
+    uneven = sharding.make_mesh(MeshConfig(1, 3), jax.devices()[:3])
+    with pytest.raises(UserError, match=r"config\.mesh\.fsdp = 3 does not divide a size of the model, 256"):
+        make("llama", "causal", tokenizers, uneven)
 
 
 def test_sentence_transformers_is_there():

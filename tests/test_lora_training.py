@@ -22,6 +22,7 @@ from jaxembed.data.batch import PairShape
 from jaxembed.data.loader import BatchBuilder
 from jaxembed.embedder import Embedder
 from jaxembed.errors import UserError
+from jaxembed.hf.safetensors_io import open_tensors, write_tensors
 from jaxembed.model_source import open_source
 from jaxembed.models.text_encoder import flatten, join, split, unflatten
 from jaxembed.optimizer import make_optimizer
@@ -30,6 +31,7 @@ from jaxembed.training_data import open_data
 
 ONE, SHARDED = MeshConfig(1), MeshConfig(1, 4, 2)
 LORA = {"model__lora__rank": 4, "model__lora__alpha": 8.0, "model__lora__targets": r"query|output\.dense"}
+OFF = {"model__lora__rank": 0, "model__lora__alpha": LoraConfig.alpha, "model__lora__targets": ""}
 TARGETS = ("attention/out", "attention/query", "mlp/down")
 WIDTHS = {"attention/query": (32, (4, 8)), "attention/out": ((4, 8), 32), "mlp/down": (48, 32)}
 
@@ -131,6 +133,8 @@ def test_runs_serve_their_base_with_the_adapters_merged(folder, run, base):
     assert {leaf.dtype.name for leaf in flatten(merged.params).values()} == {"float32"}
     vectors = merged.encode(TEXTS)
     exported = Embedder.load(run / "export")
+    readme = (run / "export" / "README.md").read_text()
+    assert "| trained | low-rank adapters of rank 4 (scale 2), merged here, and the head: " in readme
     np.testing.assert_array_equal(exported.encode(TEXTS), vectors)
     assert flatten(exported.params).keys() == flatten(merged.params).keys()
 
@@ -151,7 +155,7 @@ def test_runs_serve_their_base_with_the_adapters_merged(folder, run, base):
 
     # Another run begins with the same model: with all weights trained, or fresh adapters to all.
     for rank in (0, 2):
-        config = small(folder, base, model__init=f"run:{run}", model__lora__rank=rank, model__lora__targets="")
+        config = small(folder, base, model__init=f"run:{run}", **OFF | {"model__lora__rank": rank})
         blueprint, load = open_source(config, folder)
         lora = blueprint.lora(config.model.lora)
         factory = blueprint.factory(model_source.options(config.model), lora=lora)
@@ -169,6 +173,44 @@ def test_a_base_that_is_gone_is_missed_in_one_line(folder, run, base):
             Embedder.load(run)
     finally:
         hidden.rename(base)
+
+
+def test_a_base_that_has_changed_is_refused(folder, config, run, base):
+    """A folder's tensors; the step of a run; in training that goes on, too. Where its weights lie does not matter."""
+    message = r"the weights of config.model.init = '{}' are not those that its adapters were trained on: put these back"
+    second = small(folder, base, model__init=f"run:{run}", steps=1, export=False, log_to=())
+    train_on(1, second, folder / "second")
+    file, whole = base / "model.safetensors", (base / "model.safetensors").read_bytes()
+    tensors = {name: tensor.copy() for name, tensor in open_tensors(base).items()}
+    write_tensors(base, tensors, max_shard_bytes=20_000)
+    file.unlink()
+    Embedder.load(run)
+    for name in (base / "model.safetensors.index.json", *base.glob("model-*.safetensors")):
+        name.unlink()
+    name = "encoder.layer.1.attention.self.value.weight"
+    write_tensors(base, tensors | {name: tensors[name] * 1.01})
+    try:
+        for refused in (lambda: Embedder.load(run), lambda: train_on(2, config, run)):
+            with pytest.raises(UserError, match=message.format("hf:.*base")):
+                refused()
+    finally:
+        file.write_bytes(whole)
+
+    Embedder.load(folder / "second")
+    moved = folder / "moved"
+    run.rename(moved)
+    shutil.copytree(moved, run)
+    try:
+        Embedder.load(folder / "second")
+        shutil.rmtree(run / "checkpoints" / "6")
+        with pytest.raises(UserError, match=message.format("run:.*run")):
+            Embedder.load(folder / "second")
+        train_on(2, config, run)  # the same bits, but saved again: nobody can know
+        with pytest.raises(UserError, match=message.format("run:.*run")):
+            Embedder.load(folder / "second")
+    finally:
+        shutil.rmtree(run)
+        moved.rename(run)
 
 
 def random(leaf):
@@ -258,9 +300,16 @@ def test_what_cannot_be(folder, base):
         ({"model__lora__rank": -1}, "lora.rank = -1: must not be negative"),
         ({"model__lora__alpha": 0.0}, "lora.alpha = 0: must be above 0"),
         ({"model__lora__targets": "("}, "is not a regular expression"),
+        ({"model__lora__rank": 0}, "lora.alpha = 8.0 is of no use with config.model.lora.rank = 0: set the rank"),
+        (OFF | {"model__lora__targets": "q_proj"}, "lora.targets = 'q_proj' is of no use with .*: set the rank"),
+        (OFF | {"model__lora__rslora": True}, "lora.rslora = True is of no use with .*: set the rank"),
+        ({"model__pooling": "mean", "model__latents": 9}, "model.latents = 9 is of no use with .*pooling = 'mean'"),
+        ({"model__pooling": "cls", "model__latent_heads": 2}, "latent_heads = 2 is of no use .*: set that to 'latent'"),
     ):
         with pytest.raises(UserError, match=message):
             small(folder, base, tokenizer=f"hf:{base}", **changes)
+    for pooling in ("auto", "latent"):
+        small(folder, base, model__pooling=pooling, model__latents=9, model__latent_heads=2)
     config = small(folder, base, model__lora__targets="q_proj")
     message = "config.model.lora.targets = 'q_proj' finds none .*: encoder.layer.attention.self.query; .*output.dense"
     with pytest.raises(UserError, match=message):

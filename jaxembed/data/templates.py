@@ -66,6 +66,7 @@ def parse(template: str, where: str) -> Template:
     text = NAMED.get(template, template)
     if TEXT not in text:
         raise UserError(f"{where} = {template!r}: wants {', '.join(NAMED)}, or a text with {TEXT} in it")
+    require("{instruction}" not in text, f"{where} = {template!r}: {{instruction}} belongs into prompts")
     *before, after = text.split(TEXT)
     return Template(tuple(words.rstrip(" ") for words in before), after)
 

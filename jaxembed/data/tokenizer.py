@@ -178,6 +178,13 @@ class Tokenizer:
         ids = self.tokenize([prompt])[0]
         return len(ids) - int(len(ids) > 0 and int(ids[-1]) in self._special_ids)
 
+    def keeps(self, prompt: str) -> bool:
+        """Whether a prompt's own tokens begin every text behind it: none of them merges with the text's first word."""
+        alone, *together = (
+            self._backend.encode(prompt + text, add_special_tokens=False).ids for text in ("", "word", "The", "7", "é")
+        )
+        return all(ids[: len(alone)] == alone for ids in together)
+
     def prompt_lengths(self, prompt_length: int | np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Returns how many leading tokens of texts are left out where prompts are not pooled.
 

@@ -45,6 +45,7 @@ class Architecture:
       ignored: patterns of names that an embedding model has no use for.
       renames: (regex, replacement) from older names.
       transformers: the first version whose `hf_class` gives this model.
+      bounded: whether no text may be longer than the config's `max_length`; else that is only what is usual.
       cuts: how transformers cuts texts into words, where it does not follow tokenizer.json.
       rope: how config.json speaks of rotary positions; None where there are none that could be scaled.
       spelled: config.json → the same in every spelling that programs read; for what is read, and what is written.
@@ -65,6 +66,7 @@ class Architecture:
     renames: tuple[tuple[str, str], ...] = ()
     transformers: str = ANY_TRANSFORMERS
     cuts: Cuts | None = None
+    bounded: bool = True
     rope: RopeWords | None = None
     spelled: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
     depth: str = "num_hidden_layers"
@@ -142,7 +144,7 @@ def _bert_family(model_type: str, hf_class: str, prefix: str) -> Architecture:
 
 def _t5(model_type: str, hf_class: str, since: str) -> Architecture:
     fresh = functools.partial(t5.fresh_hf_config, model_type)
-    return _encoder(model_type, hf_class, T5, t5, fresh, transformers=since, depth="num_layers")
+    return _encoder(model_type, hf_class, T5, t5, fresh, transformers=since, depth="num_layers", bounded=False)
 
 
 def _decoder(family: decoders.Family) -> Architecture:
@@ -160,7 +162,7 @@ def _decoder(family: decoders.Family) -> Architecture:
         ignored=decoders.IGNORED,
         transformers=family.since,
         rope=family.rope,
-        spelled=family.rope.spelled,
+        spelled=functools.partial(decoders.spelled, family),
         cuts=qwen_words if family.model_type == "qwen2" else None,
     )
 
@@ -223,7 +225,7 @@ def architecture(model_type: Any, where: str = "config.model.arch") -> Architect
     Raises:
       UserError: it is not known.
     """
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         hint = nearest(str(model_type), ARCHITECTURES)
         raise UserError(f"{where}: model_type {model_type!r} is not known{hint}; known: {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[model_type]

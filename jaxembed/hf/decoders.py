@@ -80,7 +80,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             "llama",
             "LlamaModel",
-            "4.28.0",
+            "4.43.0",
             _COMMON | {"head_dim": None, "attention_bias": False, "mlp_bias": False},
             BIDIRECTIONAL_AND_TEI,
         ),
@@ -142,7 +142,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             "phi3",
             "Phi3Model",
-            "4.41.0",
+            "5.0.0",  # 4 takes fewer fields of rope_scaling than programs that read both need
             _COMMON
             | {
                 "max_position_embeddings": 4096,
@@ -296,7 +296,8 @@ def _local(family: Family, hf: Mapping[str, Any], n_layers: int, where: str) -> 
         if family.model_type == "gemma3_text":
             pattern = read_count(hf, "sliding_window_pattern", where)
             return tuple((i + 1) % pattern != 0 for i in numbers)
-        return tuple(windowed and i >= hf["max_window_layers"] for i in numbers)
+        first = read_count(hf, "max_window_layers", where) if windowed and hf["max_window_layers"] != 0 else 0
+        return tuple(windowed and i >= first for i in numbers)
     if not isinstance(types, list | tuple) or len(types) != n_layers or not set(types) <= set(LAYER_TYPES):
         raise UserError(f"{where}: layer_types = {types!r}: wants {n_layers} of {', '.join(LAYER_TYPES)}")
     return tuple(kind == "sliding_attention" for kind in types)
@@ -321,6 +322,16 @@ def _window(family: Family, hf: Mapping[str, Any], where: str) -> Window:
 def _is_bidirectional(family: Family, hf: Mapping[str, Any]) -> bool:
     own = "use_bidirectional_attention"
     return hf.get("is_causal") is False or (own in family.bidirectional and bool(hf.get(own)))
+
+
+def spelled(family: Family, hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns config.json in every spelling that programs read: rotary positions, and both words for bidirectional.
+
+    Some folders only have TEI's word, which transformers does not know.
+    """
+    out = family.rope.spelled(hf)
+    words = family.bidirectional if "is_causal" in family.bidirectional and _is_bidirectional(family, hf) else {}
+    return out | dict(words)
 
 
 def fresh_hf_config(

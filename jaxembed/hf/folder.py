@@ -76,6 +76,7 @@ class Folder:
       architecture: that of its model_type.
       config: the backbone's config, made from hf_config.
       pooling: 'mean' | 'cls' | 'last' | 'weighted_mean' | 'latent'.
+      pooling_said: whether the folder says so; a bare transformer does not.
       pool_prompt: whether the prompt's tokens are pooled.
       layer_pooling: the mean of layers before pooling, or None.
       latent: the attention before pooling, where that is 'latent', else None.
@@ -95,6 +96,7 @@ class Folder:
     architecture: Architecture
     config: Any
     pooling: str
+    pooling_said: bool
     pool_prompt: bool
     layer_pooling: LayerPooling | None
     latent: Latent | None
@@ -145,6 +147,7 @@ def read_folder(path: pathlib.Path) -> Folder:
         architecture=arch,
         config=config,
         pooling="latent" if latent else pooling,
+        pooling_said="Pooling" in modules,
         pool_prompt=pool_prompt,
         layer_pooling=(
             _read_layer_pooling(modules["WeightedLayerPooling"], hf_config, config.layers)
@@ -155,7 +158,7 @@ def read_folder(path: pathlib.Path) -> Folder:
         normalize="Normalize" in modules,
         expansion=expansion,
         dense=_read_dense(modules["Dense"], width) if "Dense" in modules else None,
-        max_length=_read_max_length(transformer, config.max_length),
+        max_length=_read_max_length(transformer, config.max_length, arch.bounded),
         **_read_settings(inside(path, "config_sentence_transformers.json", path)),
     )
 
@@ -252,8 +255,8 @@ def _check_vector_names(file: pathlib.Path) -> None:
             raise UserError(f"{file}: {key} = {config[key]!r} is not supported; supported: {SENTENCE_VECTOR!r}")
 
 
-def _read_max_length(transformer: pathlib.Path, usable: int) -> int:
-    """The module's max_seq_length, else the tokenizer's model_max_length, but never more than there are positions."""
+def _read_max_length(transformer: pathlib.Path, usable: int, bounded: bool) -> int:
+    """The module's max_seq_length, else the tokenizer's model_max_length; where positions end, no more than these."""
     files = (inside(transformer, name, transformer) for name in TRANSFORMER_CONFIGS)
     file = next((file for file in files if file.is_file()), transformer)
     config = read_optional_json(file)
@@ -268,7 +271,7 @@ def _read_max_length(transformer: pathlib.Path, usable: int) -> int:
         return usable
     if type(length) not in (int, float) or not length >= 1:
         raise UserError(f"{file}: the longest text {length!r} is no whole number above 0")
-    return min(int(length), usable) if length < 1e9 else usable
+    return (min(int(length), usable) if bounded else int(length)) if length < 1e9 else usable
 
 
 def _read_settings(file: pathlib.Path) -> dict[str, Any]:

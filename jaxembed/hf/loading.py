@@ -43,7 +43,7 @@ def _load_leaf(leaf: LazyLeaf, target: jax.ShapeDtypeStruct) -> jax.Array:
             shards.append(jax.device_put(held[key], device))
         else:
             shards.append(_read_onto(device, leaf, index, target.dtype))
-            held = {key: shards[-1]}
+            held[key] = shards[-1]
     return jax.make_array_from_single_device_arrays(leaf.shape, layout, shards)
 
 

@@ -5,6 +5,9 @@ feed-forward layer. jaxembed writes this file into the folders of such models an
 SentenceTransformer(FOLDER, trust_remote_code=True).
 """
 
+import pathlib
+import shutil
+
 import torch
 from torch import Tensor, nn
 
@@ -46,6 +49,7 @@ class LatentAttention(Module):
     def save(self, output_path: str, *args: object, safe_serialization: bool = True, **kwargs: object) -> None:
         self.save_config(output_path)
         self.save_torch_weights(output_path, safe_serialization=safe_serialization)
+        shutil.copy(__file__, pathlib.Path(output_path).parent)  # where it is looked for
 
     @classmethod
     def load(cls, model_name_or_path: str, subfolder: str = "", **kwargs: object) -> "LatentAttention":

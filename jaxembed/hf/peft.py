@@ -50,12 +50,32 @@ def base_of(spec: str) -> tuple[str, str | None]:
     Raises:
       UserError: `spec` is neither.
     """
-    if pathlib.Path(spec).expanduser().is_dir():
-        return str(read_folder(pathlib.Path(spec).expanduser()).transformer), None
+    folder = pathlib.Path(spec).expanduser()
+    if folder.is_dir():  # by its whole path: elsewhere, programs would look for a relative one on the hub
+        return str(read_folder(folder).transformer.resolve()), None
     match = REPOSITORY.fullmatch(spec)
     if not match:
         raise UserError(f"hf:{spec}: no such folder, and not of the form ORG/NAME or ORG/NAME@REVISION")
     return match["name"], match["revision"]
+
+
+def caution(architecture: Architecture, hf_config: Mapping[str, Any], base: Mapping[str, Any]) -> str:
+    """Returns what goes wrong, in Markdown, where the base is opened with its own config.json; '' for nothing.
+
+    Args:
+      architecture: the backbone's.
+      hf_config: config.json of the model that the adapters were trained in.
+      base: that of their base.
+    """
+    wanted, own = architecture.config_from_hf(hf_config), architecture.config_from_hf(base)
+    if wanted == own:
+        return ""
+    sees = " and ".join(dict.fromkeys(own.attention))
+    wrong = "has other positions" if wanted.attention == own.attention else f"is {sees}"
+    return (
+        "**Opened without `config=AutoConfig.from_pretrained(here)`, as `AutoPeftModelForFeatureExtraction` and "
+        f"`AutoModel` do it too, the model {wrong} and its vectors are wrong.**"
+    )
 
 
 def write_peft(
@@ -73,6 +93,7 @@ def write_peft(
     pool_prompt: bool,
     normalize: bool,
     prompts: Mapping[str, str],
+    warning: str,
 ) -> None:
     """Writes a folder that `peft.PeftModel.from_pretrained(BASE, out)` opens: all of it, or nothing.
 
@@ -89,6 +110,7 @@ def write_peft(
       tokenizer: writes its own files.
       max_length: longest text in tokens.
       pooling, pool_prompt, normalize, prompts: how a vector is made, which only the README can say.
+      warning: from `caution`, for the README.
 
     Raises:
       UserError: something is at `out`, or it cannot be written.
@@ -128,7 +150,7 @@ def write_peft(
         save_file(dict(_tensors(rows, config.layers, adapters)), part / WEIGHTS, metadata={"format": "pt"})
         for name, content in ((CONFIG, said), ("config.json", dict(hf_config))):
             (part / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        (part / "README.md").write_text(_readme(architecture.hf_class, base, revision, how), encoding="utf-8")
+        (part / "README.md").write_text(_readme(architecture.hf_class, base, revision, warning, how), encoding="utf-8")
         tokenizer.save(part, max_length)
         part.replace(out)
     except OSError as error:
@@ -137,18 +159,20 @@ def write_peft(
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _readme(hf_class: str, base: str, revision: str | None, how: Mapping[str, str]) -> str:
+def _readme(hf_class: str, base: str, revision: str | None, warning: str, how: Mapping[str, str]) -> str:
+    on_hub = not pathlib.Path(base).is_absolute()
+    named = f"base_model: {json.dumps(base)}\n" if on_hub else ""
     at = f", revision={revision!r}" if revision else ""
+    said = f"\n{warning}\n" if warning else ""
     listed = "\n".join(f"- {name}: {value}" for name, value in how.items())
     return f"""---
-base_model: {json.dumps(base)}
-library_name: peft
+{named}library_name: peft
 pipeline_tag: feature-extraction
 ---
 # Low-rank adapters of a text-embedding model
 
 They stand on `{base}`, which is not in this folder. The folder's own config.json says what the model's attention sees.
-
+{said}
 ```python
 from peft import PeftModel
 from transformers import AutoConfig, AutoTokenizer, {hf_class}

@@ -259,8 +259,10 @@ def _cut(
             pieces = [tensor[start : start + wanted[ours][0]] for tensor in tensors]
             start += wanted[ours][0]
         parts = [transform.to_ours(piece, one_layer) for piece in pieces]
-        nothing = np.zeros((0, *one_layer[1:]), tensors[0].dtype)
-        leaves[ours] = LazyLeaf(shape, tensors[0].dtype, (*[nothing] * row.first, *parts), row.stacked)
+        dtype = tensors[0].dtype if tensors else np.dtype(np.float32)  # a stack may end before `first`
+        nothing = np.zeros((0, *one_layer[1:]), dtype)
+        absent = shape[0] - len(parts) if row.stacked else 0
+        leaves[ours] = LazyLeaf(shape, dtype, (*[nothing] * absent, *parts), row.stacked)
     return leaves
 
 

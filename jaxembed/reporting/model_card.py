@@ -12,6 +12,9 @@ from absl import logging
 
 from jaxembed.errors import UserError
 from jaxembed.hf.hub import REPOSITORY
+from jaxembed.models.lora import is_adapter
+from jaxembed.models.options import ModelOptions
+from jaxembed.models.text_encoder import flatten, split
 from jaxembed.reporting import curves
 from jaxembed.reporting.history import Scores
 from jaxembed.reporting.markdown import code, data_table, duration, score, settings_table, start_of, table
@@ -71,7 +74,7 @@ def model_card(embedder: "Embedder", record: RunRecord | None, with_curves: bool
         f"# {record.name if record else 'A text-embedding model'}\n",
         _introduction(embedder, record),
         f"{note}\n" if note else "",
-        _properties(embedder),
+        _properties(embedder, record),
         _usage(embedder),
         _evaluation(record) if known else "",
         f"## Training\n\n{settings_table(record)}" if known else "",
@@ -143,7 +146,7 @@ def _introduction(embedder: "Embedder", record: RunRecord | None) -> str:
     return f"{said}: trained {start_of(record.config)}, {embedder.run.step:,} steps{took}.\n"
 
 
-def _properties(embedder: "Embedder") -> str:
+def _properties(embedder: "Embedder", record: RunRecord | None) -> str:
     blueprint, head = embedder.blueprint, embedder.blueprint.head
     backbone = blueprint.backbone
     count = sum(leaf.size for leaf in jax.tree.leaves(embedder.params))
@@ -157,6 +160,7 @@ def _properties(embedder: "Embedder") -> str:
     rows = [
         ("architecture", f"`{blueprint.architecture.model_type}`, {backbone.layers} layers of width {backbone.width}"),
         ("parameters", f"{count:,}"),
+        *([("trained", _adapters(embedder, record))] if record and record.config.model.lora.rank else []),
         ("dimensions of a vector", blueprint.truncate_dim or embedder.width),
         ("pooling", pooling + "".join(f", then a linear layer to {n}" for n in (head.expansion, head.projection) if n)),
         ("length of a vector", length if head.normalize else "not normalised"),
@@ -167,6 +171,17 @@ def _properties(embedder: "Embedder") -> str:
     default = f", `{blueprint.default_prompt_name}` where none is named" if blueprint.default_prompt_name else ""
     said = f"Put before a text{default}:\n\n{table(['prompt', 'text'], prompts, left=2)}" if prompts else "None.\n"
     return f"{table(['', ''], rows, left=2)}\n## Prompts\n\n{said}"
+
+
+def _adapters(embedder: "Embedder", record: RunRecord) -> str:
+    """Says which few parameters a run with adapters has trained."""
+    blueprint, lora = embedder.blueprint, embedder.blueprint.lora(record.config.model.lora)
+    with jax.set_mesh(embedder.mesh):
+        trained = flatten(split(blueprint.factory(ModelOptions(), lora=lora).abstract())[0])
+    n, head = sum(leaf.size for leaf in trained.values()), not all(map(is_adapter, trained))
+    also = ", and the head" if head else ""
+    parts = f"low-rank adapters of rank {lora.rank} (scale {lora.scale:g}), merged here{also}"
+    return f"{parts}: {n:,} parameters; the others are those that training began with"
 
 
 def _usage(embedder: "Embedder") -> str:

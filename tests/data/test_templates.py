@@ -174,6 +174,8 @@ def test_what_cannot_be(llm):
         UserError, match=r"model.template = 'prompt_oel': wants prompt_eol, echo, or a text with {text}"
     ):
         parse("prompt_oel", WHERE)
+    with pytest.raises(UserError, match=r"\{instruction\} belongs into prompts"):
+        parse("{instruction}: {text}", WHERE)
     with pytest.raises(UserError, match="'meta_eol': those are several"):
         parse("meta_eol", WHERE)
     once = llm.with_template(parse("prompt_eol", WHERE), WHERE)

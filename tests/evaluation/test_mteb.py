@@ -113,6 +113,7 @@ def test_the_command(real_data, folder, tmp_path, monkeypatch, capsys):
     flags.DEFINE_string("model", str(folder), "", flag_values=values)
     flags.DEFINE_string("mteb_out", str(tmp_path), "", flag_values=values)
     flags.DEFINE_string("dtype", "float32", "", flag_values=values)
+    flags.DEFINE_string("template", "", "", flag_values=values)
     flags.DEFINE_bool("bm25", False, "", flag_values=values)
     values(["evaluate", f"--mteb={NAMES[0]},{FILE}:NoData"])
     monkeypatch.setattr(flags, "FLAGS", values)

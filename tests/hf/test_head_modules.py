@@ -48,7 +48,7 @@ def adapted(base, max_length=0, **model):
         steps=1,
         model=ModelConfig(init=f"hf:{base}", **model),
         data=DataConfig(max_length=MaxLength(max_length, max_length)),
-        prompts={"query": "query: "},
+        prompts={"query": "query:"},
     )
     return model_source.open_source(config, base)
 
@@ -123,10 +123,10 @@ def test_sentence_transformers_gives_the_same_vectors(base, tmp_path, head, modu
     write(again, tmp_path / "again")  # folder → JAX → folder
     for file in out.rglob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "again" / file.relative_to(out)).read_bytes()
-    if not latent:
-        theirs.save(str(tmp_path / "theirs"))  # in their own spelling
-        saved = Embedder.load(tmp_path / "theirs", mesh=model.mesh)
-        np.testing.assert_array_equal(saved.encode(TEXTS), wanted)
+    theirs.save(str(tmp_path / "theirs"))  # in their own spelling
+    saved = Embedder.load(tmp_path / "theirs", mesh=model.mesh)
+    np.testing.assert_array_equal(saved.encode(TEXTS), wanted)
+    open_there(tmp_path / "theirs", trust_remote_code=latent)
 
 
 @pytest.mark.parametrize(

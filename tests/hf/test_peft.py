@@ -2,7 +2,12 @@
 
 import functools
 import json
+import os
+import pathlib
 import re
+import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +15,7 @@ import numpy as np
 import pytest
 from test_embedder import make
 from tiny_models import alone, pack, put_rows, random_texts
+from tiny_run import SHAPE as TINY
 from tiny_run import tiny_config, write_tokenizer
 
 from jaxembed import model_source, run_folder, sharding
@@ -22,7 +28,7 @@ from jaxembed.export import export_adapter
 from jaxembed.hf.architectures import ARCHITECTURES
 from jaxembed.hf.folder import read_folder
 from jaxembed.hf.loading import load_onto
-from jaxembed.hf.peft import linear_layers, write_peft
+from jaxembed.hf.peft import _readme, linear_layers, write_peft
 from jaxembed.hf.weights import backbone_leaves
 from jaxembed.models.lora import Lora, attach, is_adapter
 from jaxembed.models.options import ModelOptions
@@ -58,13 +64,13 @@ def tokenizer(tmp_path_factory):
     return Tokenizer.load(f"file:{write_tokenizer(tmp_path_factory.mktemp('peft') / 'tokenizer.json')}")
 
 
-def save_peer(model_type, folder):
+def save_peer(model_type, folder, **shape):
     """Saves a random model of transformers."""
     torch = pytest.importorskip("torch")
     import transformers
 
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(model_type, **PEERS[model_type])
+    config = transformers.AutoConfig.for_model(model_type, **PEERS[model_type] | shape)
     model = getattr(transformers, ARCHITECTURES[model_type].hf_class)(config)
     with torch.no_grad():
         for weight in model.parameters():
@@ -140,6 +146,7 @@ def test_peft_gives_the_same_states(model_type, tmp_path, tokenizer, monkeypatch
         pool_prompt=True,
         normalize=True,
         prompts={},
+        warning="",
     )
     model, _ = open_as_the_readme_says(tmp_path / "out", monkeypatch)
     theirs = states_in_torch(model, TEXTS)
@@ -186,6 +193,7 @@ def trained_run(workdir, config):
 def test_a_run_as_a_folder_of_adapters(tmp_path, monkeypatch):
     """Its vectors are those of the run; what such a folder cannot hold is refused."""
     make(tmp_path).save(tmp_path / "base")
+    make(tmp_path, model__shape=TINY | {"initializer_range": 0.2}).save(tmp_path / "other")
     same = {"model__init": f"hf:{tmp_path / 'base'}", "model__arch": "auto", "model__shape": {}, "tokenizer": "auto"}
     lora = {"model__lora__rank": 3, "model__lora__targets": "query|dense", "model__lora__rslora": True}
     run = trained_run(tmp_path / "run", tiny_config(tmp_path, **same, **lora))
@@ -202,12 +210,47 @@ def test_a_run_as_a_folder_of_adapters(tmp_path, monkeypatch):
 
     with pytest.raises(UserError, match="is there already"):
         export_adapter(str(run), tmp_path / "out")
+    assert "**" not in (tmp_path / "out" / "README.md").read_text()  # nothing to warn of
+
     for name, changes, message in (
         ("projected", lora | {"model__projection": 8}, "has trained its projection too"),
         ("whole", {}, "lora.rank is 0"),
         ("second", lora | {"model__init": f"run:{run}"}, "stand on run:.*run, no folder"),
+        ("moved", lora, "the weights of config.model.init = 'hf:.*base' are not those that its adapters were trained"),
     ):
         other = trained_run(tmp_path / name, tiny_config(tmp_path, **same | changes))
+        if name == "moved":
+            shutil.copy(tmp_path / "other" / "model.safetensors", tmp_path / "base")
         with pytest.raises(UserError, match=message):
             export_adapter(str(other), tmp_path / "nothing")
         assert not (tmp_path / "nothing").exists()
+
+
+def test_a_base_that_sees_less_is_warned_of(tmp_path, monkeypatch):
+    """A causal base, adapters for a bidirectional model: whoever opens it without config= gets other states."""
+    peft = pytest.importorskip("peft")
+    backend = Tokenizer.load(f"file:{write_tokenizer(tmp_path / 'tokenizer.json')}")
+    save_peer("llama", tmp_path / "base", vocab_size=backend.vocab_size, max_position_embeddings=40)
+    backend.save(tmp_path / "base", 30)
+    monkeypatch.chdir(tmp_path)  # the run names its base by a relative path
+    same = {"model__init": "hf:base", "model__arch": "auto", "model__shape": {}, "tokenizer": "auto"}
+    lora = {"model__lora__rank": 2, "model__attention": "bidirectional", "model__pooling": "mean"}
+    trained_run(tmp_path / "run", tiny_config(tmp_path, **same, **lora))
+    warning = "**Opened without `config=AutoConfig.from_pretrained(here)`, as `AutoPeftModelForFeatureExtraction` and "
+    warning += "`AutoModel` do it too, the model is causal and its vectors are wrong.**"
+    command = [sys.executable, "-m", "jaxembed.export", "--workdir=run", "--out=out", "--adapter"]
+    path = str(pathlib.Path(model_source.__file__).parents[1])
+    said = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": path})
+    assert said.stdout.splitlines() == [warning, '{"exported": "out"}'], said.stderr
+    readme = (tmp_path / "out" / "README.md").read_text()
+    assert f"\n\n{warning}\n\n```python" in readme and "base_model" not in readme
+    base = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base == str((tmp_path / "base").resolve())
+
+    model, _ = open_as_the_readme_says(tmp_path / "out", monkeypatch)
+    right, by_auto = (
+        np.concatenate(states_in_torch(opened, TEXTS))
+        for opened in (model, peft.AutoPeftModelForFeatureExtraction.from_pretrained(".").eval())
+    )
+    assert np.abs(right - by_auto).max() > 0.05
+    assert f"base_model: {json.dumps('org/name')}" in _readme("LlamaModel", "org/name", None, "", {})

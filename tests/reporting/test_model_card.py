@@ -111,6 +111,15 @@ def test_a_card_tells_of_its_run(model, folder):
         assert json.loads(line)["query"] not in text
 
 
+def test_a_card_tells_of_adapters(model, folder):
+    run = write_run(folder / "whole", 20, 5)
+    assert "low-rank" not in card(model, run, 20)
+    lora = {"model__lora__rank": 4, "model__lora__alpha": 6.0, "model__lora__targets": "query"}
+    run = write_run(folder / "adapted", 20, 5, model__init="hf:org/name", **lora)
+    said = f"low-rank adapters of rank 4 (scale 1.5), merged here: {2 * (32 * 4 + 4 * 32)} parameters; the others are "
+    assert f"| trained | {said}" in card(model, run, 20)
+
+
 def test_an_older_step_has_the_scores_of_that_step(model, folder):
     run = write_run(folder / "older", 20, 5, ("weak", "hard"))
     text = card(model, run, 7)

@@ -106,6 +106,7 @@ def attention(
       UserError: `spec` insists on a kernel that cannot serve here.
     """
     spec = spec.in_rows_of(query_RxLxHxK.shape[1])
+    query_RxLxHxK = jax.sharding.reshard(query_RxLxHxK, HEADS)
     key_RxLxHxK, value_RxLxHxK = (_for_each_head(x, query_RxLxHxK.shape[2]) for x in (key_RxLxGxK, value_RxLxGxK))
     if bias_HxW is None and _use_kernel(query_RxLxHxK, spec, noise):
         kernel = KERNELS[platform()]

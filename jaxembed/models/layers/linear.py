@@ -29,6 +29,7 @@ class Linear(nnx.Module):
         self, key: jax.Array, inputs: Dims, outputs: Dims, stddev: float, dtype: jnp.dtype, use_bias: bool = True
     ) -> None:
         names, shape = zip(*(inputs + outputs))
+        sharding.require_shardable(names, shape)
         self.kernel = nnx.Param(stddev * jax.random.normal(key, shape, dtype, out_sharding=sharding.spec(*names)))
         self.use_bias = use_bias
         if use_bias:
@@ -87,6 +88,7 @@ class Embedding(nnx.Module):
         self, key: jax.Array, size: int, width: int, stddev: float, dtype: jnp.dtype, axis: str | None = None
     ) -> None:
         self.names = (axis, None if axis else "embed")
+        sharding.require_shardable(self.names, (size, width))
         spec = sharding.spec(*self.names)
         self.embedding = nnx.Param(stddev * jax.random.normal(key, (size, width), dtype, out_sharding=spec))
 
