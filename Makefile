@@ -1,6 +1,6 @@
 # make quickstart  set up .venv and train a small code-search model, in minutes       make test   set up .venv, run all tests
 # make bench       the benchmarks (minutes each)                                      make lint   ruff
-# make test-aot    set up .venv-aot (1.3 GB) and compile the loss for 256 TPU chips, without any
+# make test-aot    set up .venv-aot (1.5 GB) and compile the loss and a 7B model's step for TPUs, without any
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
