@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 from jaxembed.config import default_config
 
 MACHINES = {
-    "h200": {"batch_size": 1024, "grad_cache": 4, "mesh": {}},
-    "v5e-16": {"batch_size": 2048, "grad_cache": 4, "mesh": {"data": 4, "fsdp": 4}},
+    "h200": {"batch_size": 1024, "grad_cache": 16, "mesh": {}},
+    "v5e-16": {"batch_size": 2048, "grad_cache": 8, "mesh": {"data": 4, "fsdp": 4}},
     "v5p-64": {"batch_size": 8192, "grad_cache": 2, "mesh": {"data": 16, "fsdp": 4}},
 }
 
@@ -28,7 +28,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.epochs = 1.0
     c.model.init = "hf:google/embeddinggemma-300m"
     c.model.dtype = "bfloat16"
-    c.model.remat = "dots"
+    c.model.remat = "full"
     c.data.max_length.query, c.data.max_length.document = 128, 512
     c.data.row_length = "512"
     c.data.negatives = 1

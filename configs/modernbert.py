@@ -15,9 +15,9 @@ from ml_collections import ConfigDict
 from jaxembed.config import default_config
 
 MACHINES = {
-    "h200": {"batch_size": 2048, "grad_cache": 8, "mesh": {}},
-    "v5e-16": {"batch_size": 4096, "grad_cache": 8, "mesh": {"data": 16}},
-    "v5p-64": {"batch_size": 16384, "grad_cache": 4, "mesh": {"data": 64}},
+    "h200": {"batch_size": 2048, "grad_cache": 64, "mesh": {}},
+    "v5e-16": {"batch_size": 4096, "grad_cache": 64, "mesh": {"data": 16}},
+    "v5p-64": {"batch_size": 16384, "grad_cache": 32, "mesh": {"data": 64}},
 }
 
 
@@ -28,7 +28,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.model.init = "hf:answerdotai/ModernBERT-base"
     c.model.pooling = "mean"
     c.model.dtype = "bfloat16"
-    c.model.remat = "dots"
+    c.model.remat = "full"
     c.prompts = {"query": "search_query: ", "document": "search_document: "}
     c.data.max_length.query, c.data.max_length.document = 256, 2048
     c.data.row_length = "2048"

@@ -16,9 +16,9 @@ from ml_collections import ConfigDict
 from jaxembed.config import default_config
 
 MACHINES = {
-    "h200": {"batch_size": 2048, "grad_cache": 4, "mesh": {}},
-    "v5e-16": {"batch_size": 2048, "grad_cache": 4, "mesh": {"data": 16}},
-    "v5p-64": {"batch_size": 8192, "grad_cache": 2, "mesh": {"data": 64}},
+    "h200": {"batch_size": 2048, "grad_cache": 32, "mesh": {}},
+    "v5e-16": {"batch_size": 2048, "grad_cache": 16, "mesh": {"data": 16}},
+    "v5p-64": {"batch_size": 8192, "grad_cache": 4, "mesh": {"data": 64}},
 }
 
 
@@ -30,7 +30,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.model.pooling = "mean"
     c.model.projection = 768
     c.model.dtype = "bfloat16"
-    c.model.remat = "dots"
+    c.model.remat = "full"
     c.data.max_length.query, c.data.max_length.document = 64, 512
     c.data.row_length = "512"
     c.data.negatives = 1
