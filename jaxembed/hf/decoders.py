@@ -9,7 +9,8 @@ from jaxembed.errors import UserError
 from jaxembed.hf.attention_modes import read_modes
 from jaxembed.hf.fields import SpecialIds, read_activation, read_count, read_number
 from jaxembed.hf.rope import RopeWords, read_rope
-from jaxembed.hf.table import Flat, Fused, Linear, PadRows, Row
+from jaxembed.hf.rows import linear_rows, projection_rows
+from jaxembed.hf.table import Fused, Linear, PadRows, Row
 from jaxembed.models.transformer import TransformerConfig, Window
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -175,11 +176,11 @@ def rows(family: Family, config: TransformerConfig) -> tuple[Row, ...]:
         ]
     else:
         for hf, ours in inner.items():
-            found += _linear(f"{attention}{hf}", f"layers/attention/{ours}", Linear(), config.qkv_bias, Flat())
+            found += projection_rows(f"{attention}{hf}", f"layers/attention/{ours}", config.qkv_bias)
         for hf, ours in gates.items():
-            found += _linear(f"{mlp}{hf}", f"layers/mlp/{ours}", Linear(), config.mlp_bias)
-    found += _linear(f"{attention}o_proj", "layers/attention/out", Linear(inputs=2), config.out_bias)
-    found += _linear(f"{mlp}down_proj", "layers/mlp/down", Linear(), config.mlp_bias)
+            found += linear_rows(f"{mlp}{hf}", f"layers/mlp/{ours}", bias=config.mlp_bias)
+    found += linear_rows(f"{attention}o_proj", "layers/attention/out", inputs=2, bias=config.out_bias)
+    found += linear_rows(f"{mlp}down_proj", "layers/mlp/down", bias=config.mlp_bias)
     norms = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
     if config.sandwich:
         norms |= {
@@ -190,13 +191,6 @@ def rows(family: Family, config: TransformerConfig) -> tuple[Row, ...]:
     if config.qk_norm:
         norms |= {"self_attn.q_norm": "attention/query_norm", "self_attn.k_norm": "attention/key_norm"}
     return *found, *(Row(f"{layer}{hf}.weight", f"layers/{ours}/scale") for hf, ours in norms.items())
-
-
-def _linear(hf: str, ours: str, kernel: Linear, has_bias: bool, bias: Flat | None = None) -> list[Row]:
-    found = [Row(f"{hf}.weight", f"{ours}/kernel", kernel)]
-    if has_bias:
-        found.append(Row(f"{hf}.bias", f"{ours}/bias", bias) if bias else Row(f"{hf}.bias", f"{ours}/bias"))
-    return found
 
 
 def _fused(hf: str, ours: list[str]) -> Fused:

@@ -1,4 +1,4 @@
-"""Rows that the tables of several encoders share."""
+"""Rows that the tables of several architectures share."""
 
 from jaxembed.hf.table import Flat, Linear, Row
 

@@ -18,7 +18,7 @@ from jaxembed.models.layers.linear import Embedding, LayerNorm
 from jaxembed.models.layers.mlp import Mlp
 from jaxembed.models.layers.relative_bias import RelativeBias, alibi_bias
 from jaxembed.models.layers.self_attention import SelfAttention
-from jaxembed.models.layers.stack import apply_layers
+from jaxembed.models.layers.stack import apply_layers, finished
 from jaxembed.models.options import ModelOptions, TokenStates, per_layer
 
 
@@ -164,8 +164,8 @@ class Bert(nnx.Module):
         def apply(x: jax.Array, layer: Layer, index: jax.Array, kind: AttentionSpec) -> jax.Array:
             return layer(x, rows, kind, bias_HxW, options.dropout, noise, index)
 
-        last, kept = apply_layers(self.layers, x, specs, apply, options, chosen)
-        return TokenStates(last, jnp.stack(kept) if chosen else None)
+        states = apply_layers(self.layers, x, specs, apply, options, chosen)
+        return finished(states, chosen, config.layers, self.finish)
 
     def _bias(self, length: int) -> jax.Array | None:
         """What is added to the scores of rows of this length, [H, 2 length - 1]."""

@@ -17,7 +17,7 @@ from jaxembed.models.layers.linear import Embedding, LayerNorm
 from jaxembed.models.layers.mlp import Mlp
 from jaxembed.models.layers.rope import RopeConfig, Tables, rope_tables
 from jaxembed.models.layers.self_attention import SelfAttention
-from jaxembed.models.layers.stack import apply_layers
+from jaxembed.models.layers.stack import apply_layers, finished
 from jaxembed.models.options import ModelOptions, TokenStates, per_layer
 
 
@@ -151,10 +151,8 @@ class ModernBert(nnx.Module):
             return layer(x, rows, kind.spec, tables[kind.local], options.dropout, noise, index)
 
         kinds = [kind(*each) for each in zip(per_layer(config.attention, config.layers), config.local)]
-        last, kept = apply_layers(self.layers, x, kinds, apply, options, chosen)
-        last = self.finish(last)
-        kept = [last if i == config.layers else states for i, states in zip(chosen, kept)]
-        return TokenStates(last, jnp.stack(kept) if chosen else None)
+        states = apply_layers(self.layers, x, kinds, apply, options, chosen)
+        return finished(states, chosen, config.layers, self.finish)
 
     def finish(self, hidden_RxLxD: jax.Array) -> jax.Array:
         """Returns a layer's states as they are where that layer is the last: normalised."""

@@ -16,7 +16,7 @@ from jaxembed.models.layers.linear import Embedding, LayerNorm
 from jaxembed.models.layers.mlp import Mlp
 from jaxembed.models.layers.rope import RopeConfig, Tables, rope_tables
 from jaxembed.models.layers.self_attention import SelfAttention
-from jaxembed.models.layers.stack import apply_layers
+from jaxembed.models.layers.stack import apply_layers, finished
 from jaxembed.models.options import ModelOptions, TokenStates, per_layer
 
 
@@ -135,8 +135,8 @@ class NomicBert(nnx.Module):
         def apply(x: jax.Array, layer: Layer, index: jax.Array, kind: AttentionSpec) -> jax.Array:
             return layer(x, rows, kind, tables, options.dropout, noise, index)
 
-        last, kept = apply_layers(self.layers, x, specs, apply, options, chosen)
-        return TokenStates(last, jnp.stack(kept) if chosen else None)
+        states = apply_layers(self.layers, x, specs, apply, options, chosen)
+        return finished(states, chosen, config.layers, self.finish)
 
     def finish(self, hidden_RxLxD: jax.Array) -> jax.Array:
         """Returns a layer's states as they are where that layer is the last: this family has no closing norm."""

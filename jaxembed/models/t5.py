@@ -17,7 +17,7 @@ from jaxembed.models.layers.linear import Embedding, RMSNorm
 from jaxembed.models.layers.mlp import Mlp
 from jaxembed.models.layers.relative_bias import RelativeBias
 from jaxembed.models.layers.self_attention import SelfAttention
-from jaxembed.models.layers.stack import apply_layers
+from jaxembed.models.layers.stack import apply_layers, finished
 from jaxembed.models.options import ModelOptions, TokenStates, per_layer
 
 
@@ -140,10 +140,8 @@ class T5(nnx.Module):
         def apply(x: jax.Array, layer: Layer, index: jax.Array, kind: AttentionSpec) -> jax.Array:
             return layer(x, rows, kind, bias_HxW, options.dropout, noise, index)
 
-        last, kept = apply_layers(self.layers, x, specs, apply, options, chosen)
-        last = self.finish(last)
-        kept = [last if i == config.layers else states for i, states in zip(chosen, kept)]
-        return TokenStates(last, jnp.stack(kept) if chosen else None)
+        states = apply_layers(self.layers, x, specs, apply, options, chosen)
+        return finished(states, chosen, config.layers, self.finish)
 
     def finish(self, hidden_RxLxD: jax.Array) -> jax.Array:
         """Returns a layer's states as they are where that layer is the last: normalised."""

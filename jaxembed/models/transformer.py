@@ -22,7 +22,7 @@ from jaxembed.models.layers.dropout import Noise, dropout, layer_place
 from jaxembed.models.layers.linear import Embedding, Linear, RMSNorm
 from jaxembed.models.layers.mlp import Mlp
 from jaxembed.models.layers.rope import RopeConfig, Tables, rope_tables, rotate
-from jaxembed.models.layers.stack import apply_layers
+from jaxembed.models.layers.stack import apply_layers, finished
 from jaxembed.models.options import ModelOptions, TokenStates, per_layer
 
 
@@ -212,10 +212,8 @@ class Transformer(nnx.Module):
         def apply(x: jax.Array, layer: Layer, index: jax.Array, kind: Kind) -> jax.Array:
             return layer(x, rows, tables[kind.rope], kind.spec, options.dropout, noise, index)
 
-        x, kept = apply_layers(self.layers, x, kinds, apply, options, chosen)
-        last = self.finish(x)
-        kept = [last if i == config.layers else hidden for i, hidden in zip(chosen, kept)]
-        return TokenStates(last, jnp.stack(kept) if chosen else None)
+        states = apply_layers(self.layers, x, kinds, apply, options, chosen)
+        return finished(states, chosen, config.layers, self.finish)
 
     def finish(self, hidden_RxLxD: jax.Array) -> jax.Array:
         """Returns a layer's states as they are where that layer is the last: normalised."""

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxembed.models.options import REMAT, ModelOptions
+from jaxembed.models.options import REMAT, ModelOptions, TokenStates
 
 Kind = TypeVar("Kind", bound=Hashable)
 States = tuple[jax.Array, tuple[jax.Array, ...]]  # of the layer before, and of the chosen layers so far
@@ -67,6 +67,22 @@ def apply_layers(
             functools.partial(body, kinds[first : first + period]), carry, blocks, length=repeats, unroll=unroll
         )
     return carry
+
+
+def finished(
+    states: States, chosen: tuple[int, ...], n_layers: int, finish: Callable[[jax.Array], jax.Array]
+) -> TokenStates:
+    """Makes a backbone's output of what `apply_layers` returns.
+
+    Args:
+      states: the last layer's states, and those of the chosen layers.
+      chosen: which these are.
+      n_layers: n, the number of the last layer.
+      finish: the backbone's closing norm, or what leaves states as they are.
+    """
+    last, kept = finish(states[0]), states[1]
+    kept = [last if i == n_layers else hidden for i, hidden in zip(chosen, kept)]
+    return TokenStates(last, jnp.stack(kept) if chosen else None)
 
 
 def periods(kinds: Sequence[Hashable]) -> list[tuple[int, int, int]]:
