@@ -90,6 +90,9 @@ LOSSES: dict[str, dict[str, Any]] = {
     },
 }
 
+# Argument → where it is to run; `make test-aot` compiles it for there.
+TOPOLOGIES = {"": "h200:1", "tiny": "cpu:1"}
+
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """Returns the config; `arg` is '', a name of LOSSES, 'tiny' or both with a comma."""

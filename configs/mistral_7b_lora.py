@@ -10,7 +10,7 @@ E5-Mistral (arXiv:2401.00368) and LLM2Vec. `python -m jaxembed.export` writes th
 PEFT folder. The argument names the machine: 'h200' (one GPU; the default), 'v5e-16', 'v5p-64', or 'tiny', small batches
 for a small Llama-like model in FOLDER.
 
-Not run at full size yet. docs/benchmarks.md lists the bytes that a chip of each TPU slice holds.
+Not run at full size yet. docs/scaling.md lists the bytes that a chip of each machine holds.
 """
 
 from ml_collections import ConfigDict
@@ -23,6 +23,8 @@ MACHINES = {
     "v5e-16": {"batch_size": 512, "grad_cache": 8, "mesh": {"data": 1, "fsdp": 16}},
     "v5p-64": {"batch_size": 2048, "grad_cache": 4, "mesh": {"data": 4, "fsdp": 16}},
 }
+# Where each is to run; `make test-aot` compiles it for there.
+TOPOLOGIES = {"h200": "h200:1", "v5e-16": "v5e:4x4", "v5p-64": "v5p:4x4x4"}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -21,6 +21,9 @@ from jaxembed.config import default_config
 
 DATA = "py_docstrings"
 
+# Argument → where it is to run; `make test-aot` compiles it for there.
+TOPOLOGIES = {"": "cpu:1", "tiny": "cpu:1"}
+
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """Returns the config; `arg` is '' or 'tiny'."""

@@ -6,10 +6,10 @@
 The loss is that of the paper: a query meets all documents and all other queries, a document the other documents, and
 what scores 0.1 above the positive is left out as a false negative. `--config.model.attention=bidirectional` with
 `--config.model.pooling=mean` makes it an encoder instead. The argument names the machine: 'h200' (one GPU; the
-default), 'v5e-16', 'v5p-64', or 'tiny': a small model of the same architecture, from scratch, for a laptop's first
-minutes.
+default), 'v5e-16', 'v5p-64', 'v5e-256', or 'tiny': a small model of the same architecture, from scratch, for a
+laptop's first minutes.
 
-Not run at full size yet. docs/benchmarks.md lists the bytes that a chip of each TPU slice holds.
+Not run at full size yet. docs/scaling.md lists the bytes that a chip of each machine holds.
 """
 
 from ml_collections import ConfigDict
@@ -21,7 +21,10 @@ MACHINES = {
     "h200": {"batch_size": 1024, "grad_cache": 8, "mesh": {}},
     "v5e-16": {"batch_size": 2048, "grad_cache": 8, "mesh": {"data": 1, "fsdp": 16}},
     "v5p-64": {"batch_size": 8192, "grad_cache": 4, "mesh": {"data": 4, "fsdp": 16}},
+    "v5e-256": {"batch_size": 32_768, "grad_cache": 8, "mesh": {"data": 16, "fsdp": 16}},
 }
+# Where each is to run; `make test-aot` compiles it for there.
+TOPOLOGIES = {"h200": "h200:1", "v5e-16": "v5e:4x4", "v5p-64": "v5p:4x4x4", "v5e-256": "v5e:16x16"}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -8,7 +8,7 @@ computation is in bfloat16, in which T5's large activations are safe (in float16
 machine: 'h200' (one GPU; the default), 'v5e-16', 'v5p-64', or 'tiny': a small model of the same architecture, from
 scratch, for a laptop's first minutes.
 
-Not run at full size yet. docs/benchmarks.md lists the bytes that a chip of each TPU slice holds.
+Not run at full size yet. docs/scaling.md lists the bytes that a chip of each machine holds.
 """
 
 from ml_collections import ConfigDict
@@ -20,6 +20,8 @@ MACHINES = {
     "v5e-16": {"batch_size": 2048, "grad_cache": 16, "mesh": {"data": 16}},
     "v5p-64": {"batch_size": 8192, "grad_cache": 4, "mesh": {"data": 64}},
 }
+# Where each is to run; `make test-aot` compiles it for there.
+TOPOLOGIES = {"h200": "h200:1", "v5e-16": "v5e:4x4", "v5p-64": "v5p:4x4x4"}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

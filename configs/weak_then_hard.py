@@ -13,6 +13,9 @@ from ml_collections import ConfigDict
 
 from jaxembed.config import default_config
 
+# Argument → where it is to run; `make test-aot` compiles it for there.
+TOPOLOGIES = {"": "h200:1", "tiny": "cpu:1"}
+
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """Returns the config; `arg` is '' or 'tiny'."""

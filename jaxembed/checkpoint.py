@@ -1,7 +1,6 @@
 """Checkpoints by orbax: the newest ones and the best one, written in the background, restored onto any mesh."""
 
 import math
-import pathlib
 import re
 from typing import Any
 
@@ -12,8 +11,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from jaxembed.checkpoint_mirror import Mirror, complete_steps, is_mirrored
 from jaxembed.errors import UserError
 from jaxembed.step import TrainState
+from jaxembed.storage import AnyPath, local, path_of
 
 FOLDER = "checkpoints"
 
@@ -25,7 +26,7 @@ class Checkpoints:
     (loss parameters, optimizer, step) and `meta` (a small JSON). So another run can take the weights alone.
     """
 
-    def __init__(self, workdir: pathlib.Path, keep: int = 2, best: str = "") -> None:
+    def __init__(self, workdir: AnyPath, keep: int = 2, best: str = "") -> None:
         """Opens or creates the folder.
 
         Args:
@@ -34,16 +35,22 @@ class Checkpoints:
           best: also keep the checkpoint with the highest value of this metric.
         """
         policies = [LatestN(keep)]
-        if best:
-            score = lambda metrics: metrics.get(best, -math.inf)  # noqa: E731 (an older one may lack it)
+        score = (lambda metrics: metrics.get(best, -math.inf)) if best else None  # one may lack it
+        if score:
             policies.append(BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False))
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=AnyPreservationPolicy(policies), cleanup_tmp_directories=True
+            preservation_policy=AnyPreservationPolicy(policies),
+            best_fn=score,  # else metrics are not saved, and after a restart no older checkpoint is the best
+            cleanup_tmp_directories=True,
         )
-        self._manager = ocp.CheckpointManager((workdir / FOLDER).absolute(), options=options)
+        folder = workdir / FOLDER
+        self._mirror = Mirror(folder) if is_mirrored(folder) else None
+        place = self._mirror.folder if self._mirror else folder.absolute()
+        self._manager = ocp.CheckpointManager(str(place), options=options)
 
     def latest(self) -> int | None:
         """Returns the newest complete checkpoint's step."""
+        self._settle()
         return self._manager.latest_step()
 
     def save(self, state: TrainState, step: int, meta: dict[str, Any], metrics: dict[str, float]) -> None:
@@ -52,14 +59,19 @@ class Checkpoints:
         parts["rest"] = ocp.args.StandardSave(_rest(state))
         if state.average:
             parts["average"] = ocp.args.StandardSave(state.average)
-        self._manager.save(step, args=ocp.args.Composite(**parts), metrics=metrics or None, force=True)
+        self._settle()
+        self._manager.save(step, args=ocp.args.Composite(**parts), metrics=metrics, force=True)
+        if self._mirror:
+            self._mirror.follow(self._manager.wait_until_finished)
 
     def meta(self, step: int) -> dict[str, Any]:
         """Returns the JSON part of a checkpoint."""
+        self._fetch(step)
         return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Restores a whole state, laid onto the mesh that is set as `like` (arrays or ShapeDtypeStructs) is."""
+        self._fetch(step)
         like = jax.tree.map(_target, like)
         parts = {"model": ocp.args.StandardRestore(like.params["model"]), "rest": ocp.args.StandardRestore(_rest(like))}
         if like.average:
@@ -71,18 +83,31 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Waits until what is being saved is complete."""
+        self._settle()
         self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits and gives up the folder."""
+        self._settle()
         self._manager.close()
+        if self._mirror:
+            self._mirror.close()
+
+    def _settle(self) -> None:
+        if self._mirror:
+            self._mirror.settle()
+
+    def _fetch(self, step: int) -> None:
+        self._settle()
+        if self._mirror:
+            self._mirror.fetch(step)
 
 
 def restore_model(spec: str, like: Any) -> Any:
     """Restores the model parameters that a run serves: its moving average where it has one.
 
     Args:
-      spec: 'DIR', 'DIR@STEP' or 'DIR@best'.
+      spec: 'DIR', 'DIR@STEP' or 'DIR@best'; what lies in a store that orbax cannot read is copied first.
       like: parameters as ShapeDtypeStructs with shardings, which are taken to be over the mesh that is set.
 
     Raises:
@@ -90,23 +115,24 @@ def restore_model(spec: str, like: Any) -> Any:
     """
     step_folder = find(spec)
     part = "average" if (step_folder / "average").exists() else "model"
+    place = local(step_folder / part) if is_mirrored(step_folder) else step_folder / part
     if part == "average":  # kept in float32, whatever the parameters' type
         like = jax.tree.map(lambda x: x.update(dtype=jnp.float32), like)
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(step_folder / part, jax.tree.map(_target, like))
+        return checkpointer.restore(str(place), jax.tree.map(_target, like))
 
 
-def split(spec: str) -> tuple[pathlib.Path, str]:
+def split(spec: str) -> tuple[AnyPath, str]:
     """Cuts 'DIR[@STEP|@best]' into the folder and '', the step or 'best'."""
     match = re.fullmatch(r"(.+?)(?:@(\d+|best))?", spec)
-    return pathlib.Path(match[1]).expanduser(), match[2] or ""
+    return path_of(match[1]), match[2] or ""
 
 
-def find(spec: str) -> pathlib.Path:
+def find(spec: str) -> AnyPath:
     """Returns the folder of the checkpoint that 'DIR[@STEP|@best]' names."""
     workdir, which = split(spec)
     folder = (workdir / FOLDER).absolute()
-    steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit()) if folder.is_dir() else []
+    steps = complete_steps(folder)
     if not steps:
         raise UserError(f"run:{spec}: {workdir} holds no complete checkpoint")
     if which == "best":
@@ -116,7 +142,7 @@ def find(spec: str) -> pathlib.Path:
     return folder / (which or str(steps[-1]))
 
 
-def _best(workdir: pathlib.Path, steps: list[int]) -> int:
+def _best(workdir: AnyPath, steps: list[int]) -> int:
     from jaxembed.metrics import read_metrics
     from jaxembed.run_folder import read_config
 

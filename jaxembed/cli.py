@@ -13,11 +13,11 @@ from logging import LogRecord
 
 from absl import flags, logging
 
-from jaxembed.errors import TrainingStopped, UserError
+from jaxembed.errors import UserError, exit_code
 
 
 def run(main: Callable[[], None], doc: str) -> None:
-    """Parses the flags, calls `main`, and leaves with its exit code: 0, 1 (training stopped) or 2 (user's mistake)."""
+    """Parses the flags, calls `main`, and leaves with its exit code; see `jaxembed.errors`."""
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)
@@ -50,16 +50,13 @@ def _run(main: Callable[[], None], doc: str) -> int:
     try:
         _parse()
         main()
-    except UserError as error:
-        return _fail(str(error), 2)
-    except TrainingStopped as error:
-        return _fail(str(error), 1)
+    except Exception as error:
+        code = exit_code(error)
+        if code is None:
+            raise
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return code
     return 0
-
-
-def _fail(message: str, code: int) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
-    return code
 
 
 def _parse() -> None:

@@ -225,6 +225,7 @@ class Config:
     epochs: float = 0.0  # in passes over the data
     batch_size: int = 128  # pairs in the global batch
     log_every: int = 1  # steps from one line of metrics.jsonl to the next
+    stall_seconds: float = 600.0  # without progress: all threads' stacks go to WORKDIR/stalls and stderr; 0 = off
     model: ModelConfig = ModelConfig()
     tokenizer: str = AUTO  # 'hf:FOLDER' | 'file:tokenizer.json' | 'train:bpe:8192' (size); 'auto' = model.init's
     data: DataConfig = DataConfig()

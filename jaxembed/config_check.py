@@ -59,6 +59,7 @@ def _positive_numbers(c: Config) -> None:
     ):
         require(value >= 1, f"config.{name} = {value}: must be at least 1")
     for name, value in (
+        ("stall_seconds", c.stall_seconds),
         ("data.negatives", c.data.negatives),
         ("eval.every", c.eval.every),
         ("model.projection", c.model.projection),

@@ -24,6 +24,7 @@ from jaxembed.models.text_encoder import ModelFactory, Params
 from jaxembed.prompting import adapt, require_seeing
 from jaxembed.run_folder import RunStep
 from jaxembed.sharding import ROWS, batch_shards, put
+from jaxembed.storage import path_of
 
 WINDOW = 65_536  # texts tokenised and packed together
 
@@ -202,7 +203,7 @@ class Embedder:
         if len(self.tokenizers) > 1:
             raise UserError(f"{folder}: a model of several templates cannot be saved; load it with one")
 
-        export_model(self, pathlib.Path(folder), dtype=dtype)
+        export_model(self, path_of(folder), dtype=dtype)
 
     def _encode_as(self, prompt_name: str, texts: str | Sequence[str], kwargs: dict[str, Any]) -> np.ndarray:
         asked = any(kwargs.get(name) is not None for name in ("prompt", "prompt_name"))

@@ -1,4 +1,7 @@
-"""The one exception that reaches users as a single line and exit code 2."""
+"""Exceptions that reach users as a single line, and the exit codes of all commands.
+
+0 done, or told to stop and saved; 1 training stopped; 2 the user's mistake; 3 another process of the run was lost.
+"""
 
 
 class UserError(Exception):
@@ -8,9 +11,24 @@ class UserError(Exception):
     package catches it.
     """
 
+    code = 2
+
 
 class TrainingStopped(Exception):
     """Training cannot go on, through no mistake in the set-up: a loss that is not finite. Exit code 1, one line."""
+
+    code = 1
+
+
+class ProcessLost(Exception):
+    """Another process of the run is gone; started again, the run goes on. Exit code 3, one line."""
+
+    code = 3
+
+
+def exit_code(error: BaseException) -> int | None:
+    """Returns the exit code of an error that reaches users as a single line; None of one that they should not see."""
+    return error.code if isinstance(error, UserError | TrainingStopped | ProcessLost) else None
 
 
 def require(holds: bool, message: str) -> None:

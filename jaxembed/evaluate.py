@@ -24,6 +24,7 @@ from absl import flags
 
 from jaxembed import cli
 from jaxembed.config import EvalConfig
+from jaxembed.distributed import Peers, connect
 from jaxembed.errors import UserError
 from jaxembed.evaluation.mteb_tasks import MtebScore, model_name, open_tasks, require_mteb, run_tasks
 from jaxembed.evaluation.sets import require_sets
@@ -36,6 +37,15 @@ def main() -> None:
     flag = flags.FLAGS
     sets = EvalConfig(**{kind: tuple(flag[kind].value) for kind in SETS}, bm25=flag.bm25)
     _require_flags(sets)
+    with connect() as peers:
+        _evaluate(sets, peers)
+
+
+def _evaluate(sets: EvalConfig, peers: Peers) -> None:
+    """Scores the model, on the devices of all processes; process 0 says how."""
+    flag = flags.FLAGS
+    if flag.mteb and peers.count > 1:
+        raise UserError("--mteb: mteb writes its results by itself, so it runs in one process: start it without others")
     from rich.console import Console
 
     from jaxembed.embedder import Embedder
@@ -44,14 +54,15 @@ def main() -> None:
 
     tasks, mteb_tasks = Tasks.read(sets, "--"), open_tasks(flag.mteb) if flag.mteb else []
     embedder = Embedder.load(flag.model, template=flag.template, dtype=flag.dtype)
-    results, baselines = tasks.evaluate(embedder, show_progress_bar=True), tasks.baselines()
+    results, baselines = tasks.evaluate(embedder, show_progress_bar=peers.main), tasks.baselines()
     scores, failures = [], []
     if mteb_tasks:
         for outcome in run_tasks(embedder, model_name(flag.model), mteb_tasks, pathlib.Path(flag.mteb_out)):
             (scores if isinstance(outcome, MtebScore) else failures).append(outcome)
-    Console().print(*scores_tables(results, baselines), *([mteb_table(scores)] if scores else []))
-    mteb_scores = {f"eval/mteb/{score.task}": score.score for score in scores}
-    print(json.dumps({"model": flag.model, **flat_scores(results | baselines), **mteb_scores}))
+    if peers.main:
+        Console().print(*scores_tables(results, baselines), *([mteb_table(scores)] if scores else []))
+        mteb_scores = {f"eval/mteb/{score.task}": score.score for score in scores}
+        print(json.dumps({"model": flag.model, **flat_scores(results | baselines), **mteb_scores}))
     if failures:
         raise UserError("; ".join(map(str, failures)))
 

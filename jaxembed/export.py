@@ -14,14 +14,15 @@ changes nothing.
 
 import dataclasses
 import json
-import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from jaxembed import cli
+from jaxembed.distributed import connect
 from jaxembed.errors import UserError
+from jaxembed.storage import AnyPath, local, path_of
 from jaxembed.verification import FINGERPRINT, TEXTS, verify, write_fingerprint
 
 if TYPE_CHECKING:
@@ -31,9 +32,7 @@ if TYPE_CHECKING:
 WIDTHS = "matryoshka_dimensions"  # in config.json: programs that serve the folder let vectors be cut to these only
 
 
-def export_model(
-    embedder: "Embedder", out: pathlib.Path, layers: int = 0, dim: int = 0, dtype: str = "float32"
-) -> None:
+def export_model(embedder: "Embedder", out: AnyPath, layers: int = 0, dim: int = 0, dtype: str = "float32") -> None:
     """Writes the folder, with its model card and fingerprint: all of it, or nothing.
 
     Args:
@@ -50,10 +49,12 @@ def export_model(
     import jax
 
     from jaxembed import run_folder
+    from jaxembed.hf.table import export_tensors
     from jaxembed.hf.writer import write_folder
     from jaxembed.losses.objective import sizes_of
-    from jaxembed.models.text_encoder import flatten
+    from jaxembed.models.text_encoder import BACKBONE, flatten
     from jaxembed.reporting.model_card import card_files
+    from jaxembed.sharding import to_host
     from jaxembed.stages import stages_of
 
     small = _as_written(_smaller(embedder, layers, dim), dtype)
@@ -63,35 +64,44 @@ def export_model(
     if small.run:
         sizes = sizes_of(stages_of(run_folder.read_config(small.run.workdir))[-1].config.matryoshka)
         hf_config = _with_widths(hf_config, sizes, layers, small.width)
-    projection = small.params.get("projection")
     with jax.default_matmul_precision("float32"):
         fingerprint = write_fingerprint(small.encode(list(TEXTS)))
     note = _note(embedder, sizes, layers, dim)
     with jax.set_mesh(small.mesh):
+        backbone = flatten(small.params["backbone"])
+        head = {path: to_host(x) for path, x in flatten(small.params).items() if not path.startswith(BACKBONE)}
+        kernel = head.get("projection/kernel")
+        projection = None if kernel is None else (kernel, head.get("projection/bias"))
+        if jax.process_index() > 0:  # helps to gather, and leaves the writing to process 0
+            for _ in export_tensors(
+                blueprint.architecture.rows(blueprint.backbone), backbone, blueprint.backbone.layers
+            ):
+                pass
+            return
         write_folder(
             out,
             hf_config=hf_config,
             architecture=blueprint.architecture,
             config=blueprint.backbone,
-            leaves=flatten(small.params["backbone"]),
+            leaves=backbone,
             tokenizer=blueprint.tokenizer,
             pooling=blueprint.head.pooling,
             pool_prompt=blueprint.head.pool_prompt,
             normalize=blueprint.head.normalize,
-            projection=(projection["kernel"], projection.get("bias")) if projection else None,
+            projection=projection,
             max_length=blueprint.max_length,
             prompts=blueprint.prompts,
             default_prompt_name=blueprint.default_prompt_name,
             similarity=blueprint.similarity,
             truncate_dim=blueprint.truncate_dim,
             dtype=dtype,
-            head=flatten({name: part for name, part in small.params.items() if name != "backbone"}),
+            head=head,
             unused=blueprint.unused,
             extra_files={**card_files(small, note), FINGERPRINT: fingerprint},
         )
 
 
-def export_adapter(spec: str, out: pathlib.Path) -> str:
+def export_adapter(spec: str, out: AnyPath) -> str:
     """Writes the adapters of a run as a folder that `peft.PeftModel.from_pretrained` opens.
 
     Args:
@@ -106,7 +116,6 @@ def export_adapter(spec: str, out: pathlib.Path) -> str:
         other weights now.
     """
     import jax
-    import numpy as np
 
     from jaxembed import model_source, run_folder, sharding
     from jaxembed.checkpoint import split
@@ -137,7 +146,9 @@ def export_adapter(spec: str, out: pathlib.Path) -> str:
                 f"--adapter: {workdir} has trained its {' and '.join(head)} too, for which an adapter's folder has no "
                 "place: leave --adapter out"
             )
-        adapters = {path.removeprefix(BACKBONE): np.asarray(x) for path, x in leaves.items()}
+        adapters = {path.removeprefix(BACKBONE): sharding.to_host(x) for path, x in leaves.items()}
+    if jax.process_index() > 0:
+        return warning
     write_peft(
         out,
         architecture=blueprint.architecture,
@@ -234,25 +245,25 @@ def main() -> None:
             "give either --workdir=RUN and --out=FOLDER [--layers=N] [--dim=N] [--dtype=…], or --workdir, --out and "
             "--adapter, or --verify=FOLDER"
         )
-    if folder:
-        differences = verify(pathlib.Path(folder))
-        for name, value in differences.items():
-            print(f"{name}: largest difference {value:.1e}")
-        print(json.dumps({"verified": folder, **differences}))
-    elif adapter:
-        warning = export_adapter(workdir, pathlib.Path(out))
-        if warning:
-            print(warning)
-        print(json.dumps({"exported": out}))
-    else:
-        from jaxembed import run_folder
-        from jaxembed.embedder import Embedder
+    with connect() as peers:
+        if folder:
+            differences = verify(local(path_of(folder)))
+            said = [f"{name}: largest difference {value:.1e}" for name, value in differences.items()]
+            result = {"verified": folder, **differences}
+        elif adapter:
+            warning = export_adapter(workdir, path_of(out))
+            said, result = [warning] if warning else [], {"exported": out}
+        else:
+            from jaxembed import run_folder
+            from jaxembed.embedder import Embedder
 
-        embedder = Embedder.load(workdir)
-        if not dtype:
-            dtype = run_folder.read_config(embedder.run.workdir).export_dtype if embedder.run else "float32"
-        export_model(embedder, pathlib.Path(out), layers, dim, dtype)
-        print(json.dumps({"exported": out}))
+            embedder = Embedder.load(workdir)
+            if not dtype:
+                dtype = run_folder.read_config(embedder.run.workdir).export_dtype if embedder.run else "float32"
+            export_model(embedder, path_of(out), layers, dim, dtype)
+            said, result = [], {"exported": out}
+        if peers.main:
+            print(*said, json.dumps(result), sep="\n")
 
 
 if __name__ == "__main__":

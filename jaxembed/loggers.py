@@ -3,7 +3,8 @@
 import contextlib
 import importlib.util
 import json
-import pathlib
+import socket
+import struct
 import sys
 import time
 from collections.abc import Iterator
@@ -13,7 +14,9 @@ from jaxembed import config as config_lib
 from jaxembed.config import Config
 from jaxembed.errors import UserError
 from jaxembed.metrics import Logger
+from jaxembed.observing.fields import READINGS
 from jaxembed.run_folder import write_json
+from jaxembed.storage import AnyPath, StorePath, publish, staged
 
 TENSORBOARD = "tensorboard"  # the folder in the work directory
 WANDB = "wandb.json"  # keeps the run's id there, so that a resumed run goes on in the same place
@@ -25,9 +28,7 @@ GROUPS = {
     "tokens": "data",
     "padded_tokens": "data",
     "padding_waste": "data",
-    "pairs_per_s": "speed",
-    "tokens_per_s": "speed",
-    "padded_tokens_per_s": "speed",
+    **dict.fromkeys(READINGS, "speed"),
 }
 
 
@@ -44,9 +45,7 @@ def require_packages(log_to: tuple[str, ...]) -> None:
             )
 
 
-def open_loggers(
-    config: Config, workdir: pathlib.Path, resumed_at: int | None, active: bool = True
-) -> tuple[Logger, ...]:
+def open_loggers(config: Config, workdir: AnyPath, resumed_at: int | None, active: bool = True) -> tuple[Logger, ...]:
     """Opens the loggers that `config.log_to` names.
 
     Args:
@@ -78,19 +77,23 @@ def _without(package: str) -> Iterator[None]:
 class TensorBoard:
     """Writes scalars to WORKDIR/tensorboard.
 
-    Through tensorboardX's writer of files: its SummaryWriter leaves the writing to a thread, so that a killed run would
-    lack points from before its checkpoint.
+    Its SummaryWriter leaves the writing to a thread, so that a killed run would lack points from before its checkpoint,
+    and its EventsWriter waits for the disk, some milliseconds a line. So the records are framed here (length, its
+    checksum, event, checksum: TensorFlow's TFRecord).
     """
 
-    def __init__(self, config: Config, workdir: pathlib.Path, resumed_at: int | None) -> None:
+    def __init__(self, config: Config, workdir: AnyPath, resumed_at: int | None) -> None:
         """Opens a file of events, at which TensorBoard forgets those of other files that come after `resumed_at`."""
         with _without("torch"):  # which tensorboardX imports where it can, for seconds, though scalars do not need it
-            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.record_writer import masked_crc32c
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-        folder = workdir / TENSORBOARD
-        folder.mkdir(exist_ok=True)
-        self._writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
+        self._checksum = masked_crc32c
+        self._path = workdir / TENSORBOARD / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
+        place = staged(self._path)
+        place.parent.mkdir(exist_ok=True)
+        self._file = place.open("wb")
+        self._write(Event(file_version="brain.Event:2"))
         first = 0 if resumed_at is None else resumed_at + 1
         self._write(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
 
@@ -102,20 +105,28 @@ class TensorBoard:
         values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars(line).items()]
         self._write(Event(step=line["step"], summary=Summary(value=values)))
 
+    def sync(self) -> None:
+        """Sends the file to its store, where the work directory is in one."""
+        publish(self._path)
+
     def close(self) -> None:
         """Closes the file."""
-        self._writer.close()
+        self._file.close()
+        publish(self._path)
 
     def _write(self, event: Any) -> None:
         event.wall_time = time.time()
-        self._writer.write_event(event)
-        self._writer.flush()
+        content = event.SerializeToString()
+        length = struct.pack("<Q", len(content))
+        for part in (length, content):
+            self._file.write(part + struct.pack("<I", self._checksum(part)))
+        self._file.flush()
 
 
 class Wandb:
     """Sends metrics to Weights & Biases; where to, and whether at all, is said by its environment variables."""
 
-    def __init__(self, config: Config, workdir: pathlib.Path, resumed_at: int | None) -> None:
+    def __init__(self, config: Config, workdir: AnyPath, resumed_at: int | None) -> None:
         """Starts a run there, or goes on in the one that this work directory had before.
 
         Raises:
@@ -123,13 +134,16 @@ class Wandb:
         """
         import wandb
 
-        kept = workdir / WANDB
+        kept, own = workdir / WANDB, workdir
+        if isinstance(workdir, StorePath):
+            own = staged(workdir / "wandb")
+            own.mkdir(exist_ok=True)
         run_id = json.loads(kept.read_text())["id"] if resumed_at is not None and kept.exists() else None
         try:
             self._run = wandb.init(
                 project="jaxembed",
                 name=workdir.resolve().name,
-                dir=str(workdir),
+                dir=str(own),
                 config=config_lib.to_json(config),
                 id=run_id,
                 resume="allow",
@@ -142,6 +156,9 @@ class Wandb:
         """Sends a line; one that was sent before the run was killed is not sent again."""
         if line["step"] >= self._run.starting_step:
             self._run.log(scalars(line), step=line["step"])
+
+    def sync(self) -> None:
+        """Does nothing: lines are sent as they come."""
 
     def close(self) -> None:
         """Sends the rest and ends the run."""

@@ -6,14 +6,13 @@ caught up with, so that nothing is saved whose step was not found finite.
 """
 
 import dataclasses
-import pathlib
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
+from jaxembed import sharding
 from jaxembed.checkpoint import Checkpoints
 from jaxembed.config import Config
 from jaxembed.data.batch import Batch
@@ -24,10 +23,15 @@ from jaxembed.evaluation.report import flat_scores
 from jaxembed.evaluation.tasks import Tasks
 from jaxembed.metrics import MetricsWriter
 from jaxembed.model_source import Blueprint
+from jaxembed.models.flops import StepFlops
 from jaxembed.models.text_encoder import ModelFactory, join
+from jaxembed.observing.clock import Phase
+from jaxembed.observing.observer import Observer
+from jaxembed.observing.speed import Meter, peak_flops
 from jaxembed.preemption import StopSignal
 from jaxembed.progress import Progress
 from jaxembed.step import Given, TrainState
+from jaxembed.storage import AnyPath
 from jaxembed.training_data import TrainingData
 
 
@@ -44,9 +48,10 @@ class Run:
       tasks: evaluations.
       checkpoints, writer, progress: where to save, to write metrics, and to tell a person.
       stop: whether the process was told to.
+      observer: what watches it.
     """
 
-    workdir: pathlib.Path
+    workdir: AnyPath
     mesh: jax.sharding.Mesh
     blueprint: Blueprint
     teacher: ModelFactory | None
@@ -56,6 +61,7 @@ class Run:
     writer: MetricsWriter
     progress: Progress
     stop: StopSignal
+    observer: Observer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +100,11 @@ class Loop:
         self.pending: tuple[StepInfo, dict[str, jax.Array]] | None = None
         self.line: dict[str, Any] | None = None  # the open one
         self.last_line: dict[str, Any] = {}
-        self.clock = time.perf_counter()
+        self.observer = run.observer
+        self.clock = self.observer.clock
+        config = stage.config.model
+        flops = StepFlops.of(run.blueprint, stage.factory, run.blueprint.lora(config.lora))
+        self.meter = Meter(self.observer, run.mesh, flops, peak_flops(run.mesh, config.dtype))
 
     def run(self, state: TrainState, start: int | None) -> tuple[TrainState, int]:
         """Runs from step `start` (None: a fresh run) to the stage's end, or until the process is told to stop.
@@ -102,10 +112,15 @@ class Loop:
         Returns:
           The state, and the number of steps that the run has done.
         """
+        with self.clock.during(Phase.HOST):
+            return self._run(state, start)
+
+    def _run(self, state: TrainState, start: int | None) -> tuple[TrainState, int]:
         run, stage, config = self.run_, self.stage, self.stage.config
         step = start or 0
-        batches = prefetch(stage.data.builder, step - stage.first, stage.last - stage.first, config.data.prefetch)
+        batches = self._batches(step)
         while True:
+            self.clock.step = step
             last = step == stage.last or run.stop.requested(step)
             evaluate = bool(config.eval.every) and (step % config.eval.every == 0 or step == stage.last)
             save = last or step % config.checkpoint.every == 0 or (evaluate and bool(config.checkpoint.best))
@@ -114,24 +129,45 @@ class Loop:
             if evaluate or save:
                 self._catch_up(hold=True)
             if evaluate:
-                self._evaluate(state, step)
+                with self.clock.during(Phase.EVAL):
+                    self._evaluate(state, step)
             self._flush()
             if save and step > 0:
-                run.writer.sync()
-                run.checkpoints.save(state, step, stage.meta, self._scores())
+                with self.clock.during(Phase.CHECKPOINT):
+                    run.writer.sync()
+                    meta = {**stage.meta, **self.observer.goodput.meta}
+                    run.checkpoints.save(state, step, meta, self._scores())
             if last:
                 break
-            state = self._step(state, batches)
+            state = self._step(state, step, batches)
             step += 1
         return state, step
 
-    def _step(self, state: TrainState, batches: Iterator[tuple[Batch, StepInfo]]) -> TrainState:
-        batch, info = next(batches)
-        batch = self.stage.data.to_device(batch, self.run_.mesh)
+    def _batches(self, step: int) -> Iterator[tuple[Batch, StepInfo]]:
+        """Yields the batches after `step` of the run, on the devices, each with this process's rows in it."""
+        data, mesh, first = self.stage.data, self.run_.mesh, self.stage.first
+        return prefetch(
+            data.builder,
+            step - first,
+            self.stage.last - first,
+            self.stage.config.data.prefetch,
+            sharding.own_shards(mesh),
+            lambda batch: data.to_device(batch, mesh),
+        )
+
+    def _step(self, state: TrainState, step: int, batches: Iterator[tuple[Batch, StepInfo]]) -> TrainState:
+        run, profile = self.run_, self.observer.profile
+        profile.before(step, self.pending)
+        with self.clock.during(Phase.DATA if self.compiled else Phase.OUTSIDE):  # the first batch is start-up
+            batch, info = next(batches)
         shapes = tuple(rows.tokens.shape for rows in (batch.rows, batch.teacher_rows) if rows is not None)
         if shapes not in self.compiled:
-            self.compiled[shapes] = self._compile(" + ".join(map(str, shapes)), state, batch)
-        state, metrics = self.compiled[shapes](state, batch, self.run_.given)
+            self._catch_up()  # what is running counts as computing
+            with self.clock.during(Phase.COMPILE):
+                self.compiled[shapes] = self._compile(" + ".join(map(str, shapes)), state, batch)
+        with self.clock.during(Phase.COMPUTE):
+            state, metrics = self.compiled[shapes](state, batch, run.given)
+        profile.after(step + 1, state)
         self._catch_up()
         self.pending = info, metrics
         return state
@@ -151,18 +187,12 @@ class Loop:
         if self.pending is None:
             return
         (info, metrics), self.pending = self.pending, None
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        with self.clock.during(Phase.COMPUTE):
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self._require_finite(info, values)
-        now = time.perf_counter()
-        seconds, self.clock = now - self.clock, now
-        line = {"step": self._number(info), **self._stage_name(), **values, **_counts(info)}
-        line |= {
-            "pairs_per_s": info.pairs / seconds,
-            "tokens_per_s": info.real_tokens / seconds,
-            "padded_tokens_per_s": info.padded_tokens / seconds,
-        }
-        self.run_.progress.update(line)
-        self.line = line
+        self.meter.add(info)
+        self.line = {"step": self._number(info), **self._stage_name(), **values, **info.counts}
+        self.run_.progress.update(self.line | self.meter.rates())
         if not hold:
             self._flush()
 
@@ -173,7 +203,7 @@ class Loop:
             return
         due = line["step"] % self.stage.config.log_every == 0 or line["step"] == self.stage.last
         if due or any(name.startswith("eval/") for name in line):
-            self.run_.writer.write(line)
+            self.run_.writer.write(line | self.meter.lap())
         self.last_line = line
 
     def _evaluate(self, state: TrainState, step: int) -> None:
@@ -188,7 +218,6 @@ class Loop:
             scores |= flat_scores(run.tasks.baselines())
         self.line = (self.line or {"step": step, **self._stage_name()}) | scores
         run.progress.scores(step, scores)
-        self.clock = time.perf_counter()
 
     def _scores(self) -> dict[str, float]:
         return {name: value for name, value in self.last_line.items() if name.startswith("eval/")}
@@ -212,12 +241,3 @@ class Loop:
             f"Its records: {shown}. The newest checkpoint{f' (step {kept})' if kept else ''} is intact; lower the "
             "learning rate, clip the gradient, or look at these records"
         )
-
-
-def _counts(info: StepInfo) -> dict[str, Any]:
-    return {
-        "pairs": info.pairs,
-        "tokens": info.real_tokens,
-        "padded_tokens": info.padded_tokens,
-        "padding_waste": info.waste,
-    }

@@ -3,9 +3,10 @@
 import json
 import math
 import os
-import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
+
+from jaxembed.storage import AnyPath, publish, staged
 
 NAME = "metrics.jsonl"
 
@@ -15,14 +16,19 @@ class Logger(Protocol):
 
     def write(self, line: dict[str, Any]) -> None: ...
 
+    def sync(self) -> None: ...
+
     def close(self) -> None: ...
 
 
 class MetricsWriter:
-    """Appends lines to a run's metrics.jsonl, and hands them on to loggers. Only process 0 writes."""
+    """Appends lines to a run's metrics.jsonl, and hands them on to loggers. Only process 0 writes.
+
+    In a store, where nothing can be appended, the file is written anew at every checkpoint and at the end.
+    """
 
     def __init__(
-        self, workdir: pathlib.Path, resumed_at: int | None, active: bool = True, loggers: Sequence[Logger] = ()
+        self, workdir: AnyPath, resumed_at: int | None, active: bool = True, loggers: Sequence[Logger] = ()
     ) -> None:
         """Opens the file.
 
@@ -35,7 +41,8 @@ class MetricsWriter:
         self._file, self._loggers = None, loggers
         if not active:
             return
-        path = workdir / NAME
+        self._path = workdir / NAME
+        path = staged(self._path)
         whole = path.with_suffix(".tmp")
         with whole.open("w") as file:
             for line in iter_metrics(workdir) if resumed_at is not None else ():
@@ -43,6 +50,7 @@ class MetricsWriter:
                     break
                 file.write(json.dumps(line) + "\n")
         os.replace(whole, path)
+        publish(self._path)
         self._file = path.open("a")
 
     def __enter__(self) -> "MetricsWriter":
@@ -62,24 +70,28 @@ class MetricsWriter:
             logger.write(plain)
 
     def sync(self) -> None:
-        """Makes sure that the lines are on disk, before a checkpoint of their step is."""
+        """Makes sure that the lines are on disk or in the store, before a checkpoint of their step is."""
         if self._file:
             os.fsync(self._file.fileno())
+            publish(self._path)
+            for logger in self._loggers:
+                logger.sync()
 
     def close(self) -> None:
         """Closes the file and the loggers."""
         if self._file:
             self._file.close()
+            publish(self._path)
         for logger in self._loggers:
             logger.close()
 
 
-def iter_metrics(workdir: pathlib.Path) -> Iterator[dict[str, Any]]:
+def iter_metrics(workdir: AnyPath) -> Iterator[dict[str, Any]]:
     """Reads a run's metrics line by line; a last line that a killed run left cut off is left out."""
     path = workdir / NAME
     if not path.exists():
         return
-    with path.open() as file:
+    with path.open("rb") as file:
         for text in file:
             try:
                 yield json.loads(text)
@@ -87,7 +99,7 @@ def iter_metrics(workdir: pathlib.Path) -> Iterator[dict[str, Any]]:
                 return
 
 
-def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
+def read_metrics(workdir: AnyPath) -> list[dict[str, Any]]:
     """Reads all of a run's metrics."""
     return list(iter_metrics(workdir))
 

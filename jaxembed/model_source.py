@@ -45,8 +45,10 @@ from jaxembed.models.text_encoder import (
 )
 from jaxembed.prompting import adapt, require_portable, require_seeing
 from jaxembed.stages import stages_of
+from jaxembed.storage import AnyPath, filling, local, sizes
 
-FOLDER = "model"
+FOLDER = "model"  # in a run's folder
+FILE = "blueprint.json"  # in that, written last
 SIDES = ("query", "document")
 
 Loader = Callable[[ModelFactory], Params]  # puts the weights onto the mesh in use
@@ -114,28 +116,30 @@ class Blueprint:
         scale = c.alpha / (c.rank**0.5 if c.rslora else c.rank)
         return Lora(c.rank, scale, c.dropout, linear_layers(rows, c.targets, "config.model.lora.targets"))
 
-    def save(self, folder: pathlib.Path) -> None:
+    def save(self, folder: AnyPath) -> None:
         """Writes the blueprint; `load` reads it."""
-        self.tokenizer.save(folder, self.max_length)
-        if self.unused:
-            (folder / "unused").mkdir(exist_ok=True)
-            write_tensors(folder / "unused", self.unused)
         said = dataclasses.asdict(dataclasses.replace(self, tokenizer=None, unused=None))
-        run_folder.write_json(folder / "blueprint.json", said)
+        with filling(folder, FILE, anew=True) as place:  # every start writes the same
+            self.tokenizer.save(place, self.max_length)
+            if self.unused:
+                (place / "unused").mkdir(exist_ok=True)
+                write_tensors(place / "unused", self.unused)
+            run_folder.write_json(place / FILE, said)
 
     @classmethod
-    def load(cls, folder: pathlib.Path) -> "Blueprint":
+    def load(cls, folder: AnyPath) -> "Blueprint":
         """Reads what `save` wrote.
 
         Raises:
           UserError: there is none.
         """
         try:
-            said = json.loads((folder / "blueprint.json").read_text())
+            place = local(folder)
+            said = json.loads((place / FILE).read_text())
         except FileNotFoundError as error:
             raise UserError(f"{folder.parent}: not the folder of a run that has started: no {folder.name}/") from error
-        unused = open_tensors(folder / "unused") if (folder / "unused").exists() else {}
-        loaded = {"head": HeadConfig(**said["head"]), "tokenizer": Tokenizer.load(f"hf:{folder}"), "unused": unused}
+        unused = open_tensors(place / "unused") if (place / "unused").exists() else {}
+        loaded = {"head": HeadConfig(**said["head"]), "tokenizer": Tokenizer.load(f"hf:{place}"), "unused": unused}
         return cls(**(said | loaded))
 
 
@@ -144,7 +148,7 @@ def options(model: ModelConfig) -> ModelOptions:
     return ModelOptions(**{f.name: getattr(model, f.name) for f in dataclasses.fields(ModelOptions)})
 
 
-def open_source(c: Config, workdir: pathlib.Path) -> tuple[Blueprint, Loader]:
+def open_source(c: Config, workdir: AnyPath) -> tuple[Blueprint, Loader]:
     """Finds the model that the config starts from, with the head that the config wants.
 
     Args:
@@ -264,7 +268,7 @@ def open_run(spec: str) -> tuple[Blueprint, Loader]:
     return blueprint, load
 
 
-def open_base(workdir: pathlib.Path, init: str) -> tuple[Blueprint, Loader]:
+def open_base(workdir: AnyPath, init: str) -> tuple[Blueprint, Loader]:
     """Opens what a run's adapters stand on: `init` is its config.model.init.
 
     Raises:
@@ -279,7 +283,7 @@ def open_base(workdir: pathlib.Path, init: str) -> tuple[Blueprint, Loader]:
     return opened
 
 
-def require_base(workdir: pathlib.Path, init: str, base: str) -> None:
+def require_base(workdir: AnyPath, init: str, base: str) -> None:
     """Makes sure that what a run's adapters stand on is still what they were trained on.
 
     Args:
@@ -306,9 +310,8 @@ def _digest(init: str) -> str:
     if kind == "hf":
         return digest(open_tensors(read_folder(resolve(where)).transformer))
     step = checkpoint.find(where)
-    files = sorted(path for part in ("model", "average") for path in (step / part).rglob("*") if path.is_file())
     said = [step.name, Blueprint.load(checkpoint.split(where)[0] / FOLDER).base]
-    said += [f"{path.relative_to(step)} {path.stat().st_size}" for path in files]
+    said += [f"{part}/{name} {size}" for part in ("average", "model") for name, size in sizes(step / part).items()]
     return hashlib.sha256("\n".join(said).encode()).hexdigest()
 
 
@@ -345,7 +348,7 @@ def _completed(params: Params, factory: ModelFactory) -> Params:
     return join(params, unflatten(fresh())) if missing else params
 
 
-def _scratch(c: Config, workdir: pathlib.Path) -> tuple[Blueprint, Loader]:
+def _scratch(c: Config, workdir: AnyPath) -> tuple[Blueprint, Loader]:
     arch = architecture(c.model.arch)
     tokenizer = _tokenizer(c, workdir)
     shape = dict(c.model.shape)
@@ -458,11 +461,11 @@ def _require_fitting(tokenizer: Tokenizer, blueprint: Blueprint, what: str) -> N
         raise UserError(f"{what} has {tokenizer.vocab_size} tokens, but the model's table only {size}")
 
 
-def _tokenizer(c: Config, workdir: pathlib.Path) -> Tokenizer:
+def _tokenizer(c: Config, workdir: AnyPath) -> Tokenizer:
     """Returns the tokenizer of a model from scratch: loaded, trained before for this run, or trained now."""
     if not c.tokenizer.startswith(TRAINED):
         return Tokenizer.load(_tokenizer_spec(c.tokenizer))
-    if (workdir / FOLDER / "blueprint.json").is_file():  # written last
+    if (workdir / FOLDER / FILE).is_file():
         return Tokenizer.load(f"hf:{workdir / FOLDER}")
     return train_for(c)
 

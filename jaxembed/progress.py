@@ -26,7 +26,7 @@ class _Bar(RichProgress):
 
 
 class Progress:
-    """Shows loss, speed, padding waste and time left, on standard error."""
+    """Shows loss, speed, padding waste, utilisation and time left, on standard error."""
 
     def __init__(self, steps: int, done: int = 0, active: bool = True) -> None:
         """Starts the display.
@@ -71,8 +71,10 @@ class Progress:
         """Shows a step's metrics."""
         figures = (
             f"loss {line['loss']:.4f}  {_short(line['pairs_per_s'])} pairs/s  {_short(line['tokens_per_s'])} tokens/s  "
-            f"waste {line['padding_waste']:.1%}"
+            f"waste {line['padding_waste']:.1%}  {line['step_s']:.3g} s/step"
         )
+        if "mfu" in line:  # the chip's peak is known
+            figures += f"  MFU {line['mfu']:.1%}"
         self.bar.status = Text(figures, style="cyan", no_wrap=True, overflow="ellipsis")
         self.bar.update(self.task, completed=line["step"], description=line.get("stage", "training"))
         now = time.monotonic()

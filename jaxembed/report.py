@@ -7,7 +7,6 @@ so at its end; this makes it anew, also while training is going on.
 """
 
 import json
-import pathlib
 import sys
 
 from absl import flags
@@ -15,11 +14,12 @@ from absl import flags
 from jaxembed import cli
 from jaxembed.errors import UserError
 from jaxembed.run_folder import write_whole
+from jaxembed.storage import AnyPath, path_of
 
 FOLDER = "report"
 
 
-def write_report(workdir: pathlib.Path) -> None:
+def write_report(workdir: AnyPath) -> None:
     """Writes WORKDIR/report, each file whole or not at all.
 
     Args:
@@ -51,7 +51,7 @@ def main() -> None:
 
     from jaxembed.reporting.summary import summary
 
-    workdir = pathlib.Path(flags.FLAGS.workdir).expanduser()
+    workdir = path_of(flags.FLAGS.workdir)
     try:
         write_report(workdir)
     except OSError as error:

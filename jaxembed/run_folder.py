@@ -5,13 +5,13 @@ import dataclasses
 import errno
 import json
 import os
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 from jaxembed import config as config_lib
 from jaxembed.config import Config
 from jaxembed.errors import UserError
+from jaxembed.storage import AnyPath, StorePath
 
 CONFIG = "config.json"
 DATA = "data.json"  # what the run was trained on: see `trainer`
@@ -25,6 +25,7 @@ FREE = (
     "steps",
     "epochs",
     "log_every",
+    "stall_seconds",
     "mesh",
     "eval",
     "checkpoint",
@@ -39,11 +40,11 @@ FREE = (
 class RunStep:
     """A run as it was after one of its steps."""
 
-    workdir: pathlib.Path
+    workdir: AnyPath
     step: int
 
 
-def read_config(workdir: pathlib.Path) -> Config:
+def read_config(workdir: AnyPath) -> Config:
     """Reads the resolved config of a run.
 
     Raises:
@@ -58,7 +59,7 @@ def read_config(workdir: pathlib.Path) -> Config:
         raise UserError(f"{path}: broken JSON: {error}") from error
 
 
-def claim(workdir: pathlib.Path, config: Config, write: bool = True) -> None:
+def claim(workdir: AnyPath, config: Config, write: bool = True) -> None:
     """Makes the folder this run's, or makes sure that it already is.
 
     Raises:
@@ -82,7 +83,7 @@ def claim(workdir: pathlib.Path, config: Config, write: bool = True) -> None:
 
 
 @contextlib.contextmanager
-def disk_errors(workdir: pathlib.Path) -> Iterator[None]:
+def disk_errors(workdir: AnyPath) -> Iterator[None]:
     """Turns a full or broken disk into one clear line, whichever library runs into it.
 
     Raises:
@@ -119,13 +120,16 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
     return [] if old == new else [f"{where}: {old!r} → {new!r}"]
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
+def write_json(path: AnyPath, value: Any) -> None:
     """Writes JSON so that the file is whole or not there."""
     write_whole(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def write_whole(path: pathlib.Path, content: bytes) -> None:
+def write_whole(path: AnyPath, content: bytes) -> None:
     """Writes a file so that it is whole or not there."""
+    if isinstance(path, StorePath):
+        path.write_bytes(content)
+        return
     part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     part.write_bytes(content)
     os.replace(part, path)

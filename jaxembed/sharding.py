@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -113,6 +114,47 @@ def platform() -> str:
 def batch_shards(mesh: jax.sharding.Mesh) -> int:
     """Returns S, the number of shards that the rows of a batch are split into."""
     return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def own_shards(mesh: jax.sharding.Mesh) -> tuple[int, ...]:
+    """Returns the numbers of the batch shards whose rows lie on this process's devices, in ascending order."""
+    at = {device: place for place, device in np.ndenumerate(mesh.devices)}
+    sizes = [mesh.shape[axis] for axis in BATCH]
+    places = ([at[device][mesh.axis_names.index(axis)] for axis in BATCH] for device in mesh.local_devices)
+    return tuple(sorted({int(np.ravel_multi_index(place, sizes)) for place in places}))
+
+
+def to_host(array: np.ndarray | jax.Array) -> np.ndarray:
+    """Brings an array to the host without the copy that `np.asarray` would leave in the jax.Array.
+
+    To be called by all processes alike, with the array's mesh set. Only process 0 gets what lies on several processes,
+    the others zeros. It is gathered a part at a time along axis 0, where that is not sharded, so that no device holds
+    much more than its own.
+    """
+    if not isinstance(array, jax.Array) or array.is_fully_replicated:
+        return np.asarray(array)
+    whole = np.zeros(array.shape, array.dtype)  # memory that is never touched, where it stays as it is
+    if array.is_fully_addressable:
+        for shard in array.addressable_shards:
+            if shard.replica_id == 0:
+                whole[shard.index] = np.asarray(shard.data)
+        return whole
+    in_parts = array.ndim > 1 and array.sharding.spec[0] is None
+    for part in range(len(array)) if in_parts else (slice(None),):
+        gathered = _gathered_part(array, part) if in_parts else _gathered(array)
+        if jax.process_index() == 0:
+            whole[part] = np.asarray(gathered)
+    return whole
+
+
+@jax.jit
+def _gathered(array: jax.Array) -> jax.Array:
+    return jax.sharding.reshard(array, P(*[None] * array.ndim))
+
+
+@jax.jit
+def _gathered_part(array: jax.Array, part: int) -> jax.Array:
+    return _gathered(jax.lax.dynamic_index_in_dim(array, part, keepdims=False))
 
 
 def put(array: jax.typing.ArrayLike, mesh: jax.sharding.Mesh, partition: P) -> jax.Array:

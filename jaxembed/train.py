@@ -17,14 +17,16 @@ from ml_collections import ConfigDict, config_flags
 
 from jaxembed import cli, config
 from jaxembed.data.sources import check_place, parse_spec
+from jaxembed.distributed import connect, require_same_program
 from jaxembed.errors import UserError
 from jaxembed.evaluation.sets import require_sets
 from jaxembed.host_memory import keep_freed_memory
 from jaxembed.loggers import require_packages
 from jaxembed.stages import stages_of
+from jaxembed.storage import AnyPath, path_of
 
 
-def read_flags() -> tuple[config.Config, pathlib.Path]:
+def read_flags() -> tuple[config.Config, AnyPath]:
     """Returns the run's config and folder from the flags.
 
     Raises:
@@ -42,7 +44,7 @@ def read_flags() -> tuple[config.Config, pathlib.Path]:
         first = dict(asked.data.train[0]) if len(asked.data.train) else {}
         asked = asked.to_dict()
         asked["data"]["train"] = tuple(source_of(first, spec) for spec in flags.FLAGS.data)
-    return config.load(asked), pathlib.Path(flags.FLAGS.workdir)
+    return config.load(asked), path_of(flags.FLAGS.workdir)
 
 
 def source_of(first: dict[str, Any], spec: str) -> dict[str, Any]:
@@ -77,13 +79,17 @@ def _config_dict(asked: Any) -> ConfigDict:
 def main() -> None:
     """Runs the command."""
     resolved, workdir = read_flags()
-    require_files(resolved)
-    require_packages(resolved.log_to)
     keep_freed_memory()
-    from jaxembed.trainer import train  # jax and all that: only once the config is known to be right
+    with connect() as peers:
+        require_same_program(peers, resolved)
+        require_files(resolved)
+        require_packages(resolved.log_to)
+        from jaxembed.observing.profiling import parse  # jax and all that: only once the config is known to be right
+        from jaxembed.trainer import train
 
-    last = train(resolved, workdir)
-    print(json.dumps({"workdir": str(workdir), **last}))
+        last = train(resolved, workdir, peers, parse(flags.FLAGS.profile))
+        if peers.main:
+            print(json.dumps({"workdir": str(workdir), **last}))
 
 
 def require_files(resolved: config.Config) -> None:
@@ -103,4 +109,5 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "The config file, as PATH or PATH:ARG (such as :tiny).")
     flags.DEFINE_string("workdir", "", "The run's folder: metrics, checkpoints, export.")
     flags.DEFINE_list("data", [], "Training pairs instead of the config's: files, folders, globs, tfds:NAME, hf:NAME.")
+    flags.DEFINE_string("profile", "", "START:END traces the steps after START up to END, into WORKDIR/profile.")
     cli.run(main, __doc__)

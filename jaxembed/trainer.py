@@ -5,8 +5,8 @@ The state comes from, in this order: the newest checkpoint in the work directory
 """
 
 import contextlib
+import dataclasses
 import math
-import pathlib
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from jaxembed import model_source, run_folder, sharding
 from jaxembed.checkpoint import Checkpoints
 from jaxembed.config import Config
 from jaxembed.data.batch import PairShape
+from jaxembed.distributed import Peers
 from jaxembed.embedder import Embedder
 from jaxembed.errors import UserError
 from jaxembed.evaluation.tasks import Tasks
@@ -25,6 +26,7 @@ from jaxembed.metrics import MetricsWriter, read_metrics
 from jaxembed.model_source import Blueprint
 from jaxembed.models.lora import Lora
 from jaxembed.models.text_encoder import Params, split
+from jaxembed.observing.observer import Observer
 from jaxembed.optimizer import make_optimizer
 from jaxembed.preemption import StopSignal
 from jaxembed.progress import Progress
@@ -32,15 +34,18 @@ from jaxembed.report import write_report
 from jaxembed.reporting.summary import summary
 from jaxembed.stages import stages_of
 from jaxembed.step import TrainState, init_state, make_step
+from jaxembed.storage import AnyPath
 from jaxembed.training_data import open_data
 
 
-def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
+def train(config: Config, workdir: AnyPath, peers: Peers | None = None, profile: range = range(0)) -> dict[str, Any]:
     """Trains, from where the work directory left off, and exports.
 
     Args:
       config: the run's.
-      workdir: its folder; made where there is none.
+      workdir: its folder; made where there is none. All processes see it.
+      peers: the processes that call this, each with the same arguments; None: this one alone.
+      profile: steps to trace.
 
     Returns:
       The last line of metrics.
@@ -49,7 +54,7 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
       UserError: something about the set-up, or the disk.
       TrainingStopped: a loss or gradient that is not finite.
     """
-    main_process = jax.process_index() == 0
+    peers = peers or Peers()
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())  # also while tokenising and exporting, which are then finished
         mesh = sharding.make_mesh(config.mesh)
@@ -58,25 +63,31 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         lora = blueprint.lora(config.model.lora)
         teacher = model_source.open_teacher(config.teacher)
         _check_sizes(config, blueprint, mesh)
-        run_folder.claim(workdir, config, write=main_process)
+        _agree_on_model(peers, blueprint)  # by now all have read what process 0 is about to write anew
+        run_folder.claim(workdir, config, write=peers.main)
         stack.enter_context(run_folder.disk_errors(workdir))
+        _require_shared(peers, workdir)
         checkpoints = Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.best)
         start = checkpoints.latest()
         if start is not None and lora:
             model_source.require_base(workdir, config.model.init, blueprint.base)
-        if main_process:
+        if peers.main:
             blueprint.save(workdir / model_source.FOLDER)
         meta = checkpoints.meta(start) if start is not None else {}
         stages = _open_stages(config, blueprint, lora, mesh, meta, teacher.blueprint if teacher else None)
+        _agree_on_data(peers, stages)
         steps = stages[-1].last
         if start is not None and start > steps:
             raise UserError(f"{workdir} has done {start} steps, more than the {steps} asked for: raise config.steps")
-        if main_process:
+        if peers.main:
             run_folder.write_json(workdir / run_folder.DATA, [row for stage in stages for row in _said_of_data(stage)])
-        loggers = open_loggers(config, workdir, start, main_process)
-        writer = stack.enter_context(MetricsWriter(workdir, start, main_process, loggers))
+        loggers = open_loggers(config, workdir, start, peers.main)
+        writer = stack.enter_context(MetricsWriter(workdir, start, peers.main, loggers))
         stack.enter_context(jax.set_mesh(mesh))
-        with Progress(steps, start or 0, active=main_process) as progress:
+        with contextlib.ExitStack() as watched:
+            progress = watched.enter_context(Progress(steps, start or 0, active=peers.main))
+            observer = Observer(workdir, meta, steps, profile, config.stall_seconds, progress.say)
+            watched.enter_context(observer)
             if start is not None:
                 done = f"{start} of {steps} steps are done"
                 progress.say(f"{done}: going on" if start < steps else f"{done}: nothing left to train")
@@ -88,9 +99,11 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
                 trained, held = (sum(x.size for x in jax.tree.leaves(part)) for part in (fresh, given["base"]))
                 progress.say(f"adapters: {trained:,} parameters are trained, {held:,} stay as they are")
             taught = teacher.factory if teacher else None
-            run = Run(workdir, mesh, blueprint, taught, given, tasks, checkpoints, writer, progress, stop)
+            run = Run(workdir, mesh, blueprint, taught, given, tasks, checkpoints, writer, progress, stop, observer)
             state, step = _walk(run, stages, fresh, start, meta.get("stage", 0))
         checkpoints.close()
+        if step < steps:
+            progress.say(f"told to stop: saved after step {step} of {steps}; started again, the run goes on there")
         if config.export and step == steps:
             run_step = run_folder.RunStep(workdir, step)
             if lora:  # merged in float32, whatever the dtype of the computation
@@ -99,12 +112,38 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
             else:
                 embedder = Embedder(blueprint, stages[-1].factory, state.served, mesh, run_step)
             embedder.save(workdir / "export", config.export_dtype)
-        if main_process:
+        if peers.main:
             _report(workdir, progress)
     return next(reversed(read_metrics(workdir)), {})
 
 
-def _report(workdir: pathlib.Path, progress: Progress) -> None:
+def _agree_on_model(peers: Peers, blueprint: Blueprint) -> None:
+    said = {"config.json": blueprint.hf_config, "head": dataclasses.asdict(blueprint.head)}
+    said |= {"tokenizer": blueprint.tokenizer.fingerprint(), "weights": blueprint.base}
+    peers.require_same("model", said)
+
+
+def _agree_on_data(peers: Peers, stages: tuple[StageRun, ...]) -> None:
+    """Makes sure that all processes train on the same tokens: a cache's name is a digest of all that it comes from."""
+    caches = [(stage.name, i, cache) for stage in stages for i, cache in enumerate(stage.data.caches)]
+    peers.require_same("data", {f"{name} {i} {cache.label}".strip(): cache.path.name for name, i, cache in caches})
+
+
+def _require_shared(peers: Peers, workdir: AnyPath) -> None:
+    """Makes sure that every process sees what process 0 has written.
+
+    Raises:
+      UserError: the folder lies on a disk of process 0's machine.
+    """
+    peers.wait()
+    if not (workdir / run_folder.CONFIG).exists():
+        raise UserError(
+            f"--workdir={workdir}: process 0 has written {run_folder.CONFIG} there, but this process does not see it: "
+            "it must lie on a file system that all processes share, or on an object store (gs://…)"
+        )
+
+
+def _report(workdir: AnyPath, progress: Progress) -> None:
     """Writes the run's report and shows its summary; a picture that cannot be drawn ends no training."""
     try:
         write_report(workdir)

@@ -39,10 +39,10 @@ def state_on(devices, value, average=True):
         return jax.jit(make_state, static_argnums=(0, 1))(value, average)
 
 
-def save(workdir, steps, keep=2, best="", scores=None):
+def save(workdir, steps, keep=2, best="", scores=None, name=NAME):
     checkpoints = Checkpoints(workdir, keep, best)
     for step in steps:
-        metrics = {NAME: scores[step]} if scores and step in scores else {}
+        metrics = {name: scores[step]} if scores and step in scores else {}
         checkpoints.save(state_on(8, step), step, {"rungs": [step]}, metrics)
     checkpoints.close()
 
@@ -80,8 +80,15 @@ def test_the_best_is_kept_beside_the_newest(tmp_path):
     assert kept(tmp_path) == [2, 6]
 
 
+def test_the_best_is_known_after_a_restart(tmp_path):
+    save(tmp_path, [1, 2], keep=1, best=NAME, scores={1: 30.0, 2: 10.0})
+    save(tmp_path, [3, 4], keep=1, best=NAME, scores={3: 20.0})
+    assert kept(tmp_path) == [1, 4]
+
+
 def test_a_metric_that_older_checkpoints_lack_may_become_the_best(tmp_path):
-    save(tmp_path, [1, 2], keep=1, best="eval/sts/another", scores={1: 50.0, 2: 50.0})
+    another = "eval/sts/another"
+    save(tmp_path, [1, 2], keep=1, best=another, scores={1: 50.0, 2: 50.0}, name=another)
     save(tmp_path, [3, 4, 5], keep=1, best=NAME, scores={3: 2.0, 4: 1.0, 5: 1.5})
     assert kept(tmp_path) == [3, 5]
 

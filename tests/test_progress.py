@@ -10,6 +10,7 @@ from jaxembed import progress as progress_module
 from jaxembed.progress import Progress
 
 LINE = {"step": 1, "loss": 3.21987, "pairs_per_s": 23_124.0, "tokens_per_s": 1_203_450.0, "padding_waste": 0.0512}
+LINE |= {"step_s": 0.08856, "mfu": 0.4123}
 SCORES = {"eval/pairs/docs[test]": 41.0, "eval/pairs/docs[test]/recall@1": 30.0, "eval/sts/dev": 80.0}
 
 
@@ -43,6 +44,7 @@ def test_every_width_shows_the_loss_on_one_line(screen, width):
     assert len(bar) <= width and len(figures) <= width
     assert "loss 3.2199  23k pairs/s  1.2M tokens/s  waste 5.1%" in figures
     if width >= 80:
+        assert "  waste 5.1%  0.0886 s/step  MFU 41.2%" in figures
         assert "999010/1000000" in bar and re.search(r"left \d:\d\d:\d\d|left -:--:--", bar)
     assert bar.startswith("a stage with")
 
@@ -53,7 +55,7 @@ def test_a_log_has_whole_lines_of_words(screen):
         for step in range(1, 41):
             progress.update({**LINE, "step": step})
     first, last = out.getvalue().splitlines()
-    assert first == "step 1/40  loss 3.2199  23k pairs/s  1.2M tokens/s  waste 5.1%"
+    assert first == "step 1/40  loss 3.2199  23k pairs/s  1.2M tokens/s  waste 5.1%  0.0886 s/step  MFU 41.2%"
     assert last.startswith("step 40/40  loss") and "\x1b" not in out.getvalue()
 
 

@@ -37,7 +37,7 @@ def test_the_page_tells_scores_speed_data_and_settings(tmp_path):
     assert rows(text, "sts/dev")[0][-1] == ""
     assert rows(text, "`source-0.jsonl`")[0][1:4] == ["Apache-2.0", "1,500", "5,000"]
     assert rows(text, "`source-1.jsonl`")[0][1] == "unknown"
-    assert rows(text, "all")[0][3] == "5.0%"
+    assert rows(text, "all")[0][5] == "5.0%"
     assert rows(text, "loss")[0][1].startswith("`infonce`: temperature 0.05")
     assert rows(text, "`data.train[1].weight`") == [["`data.train[1].weight`", "`2.0`"]]
     assert "`model.pooling`" not in text

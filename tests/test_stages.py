@@ -18,6 +18,7 @@ from jaxembed.checkpoint import find
 from jaxembed.errors import UserError
 from jaxembed.loop import Loop
 from jaxembed.metrics import read_metrics
+from jaxembed.observing import fields
 from jaxembed.run_folder import DATA
 from jaxembed.stages import stages_of
 from jaxembed.trainer import train
@@ -73,7 +74,7 @@ def weights(workdir: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def repeatable(workdir: pathlib.Path) -> list[dict]:
-    return [{k: v for k, v in line.items() if not k.endswith("_per_s")} for line in read_metrics(workdir)]
+    return [fields.repeatable(line) for line in read_metrics(workdir)]
 
 
 @pytest.fixture(scope="module")

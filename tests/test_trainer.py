@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,6 +24,7 @@ from jaxembed import sharding
 from jaxembed.checkpoint import find
 from jaxembed.errors import TrainingStopped, UserError
 from jaxembed.metrics import read_metrics
+from jaxembed.observing import fields
 from jaxembed.trainer import train
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -34,12 +36,12 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("trainer")
 
 
-def train_on(devices: int, config: config_lib.Config, workdir: pathlib.Path) -> dict:
+def train_on(devices: int, config: config_lib.Config, workdir: pathlib.Path, **options: Any) -> dict:
     """Trains on the first of the virtual devices: the fewer, the quicker to compile."""
     make_mesh = sharding.make_mesh
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", lambda config: make_mesh(config, jax.devices()[:devices]))
-        return train(config, workdir)
+        return train(config, workdir, **options)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,7 @@ def small(folder, **changes):
 
 def repeatable(workdir) -> list[dict]:
     """The lines of metrics without their clock readings."""
-    return [{k: v for k, v in line.items() if not k.endswith("_per_s")} for line in read_metrics(workdir)]
+    return [fields.repeatable(line) for line in read_metrics(workdir)]
 
 
 def saved(workdir, step: int | None = None) -> dict[str, np.ndarray]:

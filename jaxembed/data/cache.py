@@ -1,13 +1,14 @@
 """The token cache: every text of a source tokenised once, read through memory maps.
 
 A cache is a folder CACHE_DIR/tokens/KEY, KEY a hash of all that its content depends on. It is filled under another
-name and renamed when complete, so that a killed build leaves nothing that could be taken for a cache, and several
-processes may build the same one at once.
+name and renamed when complete, so that a killed build leaves nothing that could be taken for a cache. Of the processes
+of a machine one builds and the others wait; processes that share nothing but the folder may build the same one at once.
 """
 
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import hashlib
 import json
 import mmap
@@ -15,6 +16,7 @@ import os
 import pathlib
 import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -28,6 +30,7 @@ from jaxembed.data.records import RecordReader
 from jaxembed.data.rows import row_name
 from jaxembed.data.tokenizer import Tokenizer
 from jaxembed.errors import UserError
+from jaxembed.storage import AnyPath, StorePath, cache_folder, fetch, path_of, send, stamp
 
 _CLOCK_GRAIN_NS = 2_000_000_000  # a file just written may change again without a new time of change
 _ABANDONED = 24 * 3600  # seconds without a write after which an unfinished build is taken for dead
@@ -151,7 +154,8 @@ def build_or_open(
         the record's instruction.
       max_lengths: longest query and document in tokens, prompt and special tokens included, one copy counted where a
         template repeats the text; both above 0.
-      cache_dir: the cache's root folder, made if need be.
+      cache_dir: the cache's root folder, made if need be. Of one in a store, what is used is copied to a folder of
+        this machine, and what is built here is sent there.
       on_bad_record: 'error' | 'skip'.
       show_progress: a progress bar on standard error while tokenising.
       where: the config field of the source, for messages.
@@ -170,7 +174,8 @@ def build_or_open(
                 f"({tokenizer.n_special} tokens of each text are {framing})"
             )
     reader = RecordReader(source, on_bad_record, where)
-    root = pathlib.Path(cache_dir).expanduser()
+    place = path_of(cache_dir)
+    root = cache_folder().joinpath("caches", place.scheme, *place.parts) if isinstance(place, StorePath) else place
     with _writing(root):
         (root / "tokens").mkdir(parents=True, exist_ok=True)
         files = reader.source.files
@@ -191,17 +196,40 @@ def build_or_open(
         final = root / "tokens" / key
         with contextlib.suppress(DamagedCacheError):
             return TokenCache(final, reader.source.label)
-        _remove_abandoned(final)
-        scratch = _unused(final)
-        scratch.mkdir()
-        try:
-            cache_writer.fill(scratch, reader, tokenizer, prompts, max_lengths, inputs, show_progress)
-            if _stamps(files) != before:
-                raise UserError(f"{reader.source.title} changed while it was being tokenised: start again")
-            _publish(scratch, final)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        with _alone(final):
+            with contextlib.suppress(DamagedCacheError):  # built while this process waited
+                return TokenCache(final, reader.source.label)
+            _remove_abandoned(final)
+            if isinstance(place, StorePath) and _copied(place / "tokens" / key, final):
+                return TokenCache(final, reader.source.label)
+            scratch = _unused(final)
+            scratch.mkdir()
+            try:
+                cache_writer.fill(scratch, reader, tokenizer, prompts, max_lengths, inputs, show_progress)
+                if _stamps(files) != before:
+                    raise UserError(f"{reader.source.title} changed while it was being tokenised: start again")
+                _publish(scratch, final)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+            if isinstance(place, StorePath):
+                send(final, place / "tokens" / key, cache_writer.META)
         return TokenCache(final)
+
+
+@contextlib.contextmanager
+def _alone(final: pathlib.Path) -> Iterator[None]:
+    """Keeps other processes of this machine from building the same cache at the same time.
+
+    The lock is none of the cache's folder, which may lie on a file system that knows no locks.
+    """
+    name = hashlib.sha256(str(final.absolute()).encode()).hexdigest()[:32]
+    path = pathlib.Path(tempfile.gettempdir()) / f"jaxembed-{os.getuid()}-{name}.lock"
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -212,6 +240,22 @@ def _writing(root: pathlib.Path) -> Iterator[None]:
         raise UserError(
             f"config.data.cache_dir: cannot write the token cache in {root}: {error.strerror or error}"
         ) from error
+
+
+def _copied(stored: StorePath, final: pathlib.Path) -> bool:
+    """Copies a cache out of a store, if it is whole there; tells whether it is."""
+    if not (stored / cache_writer.META).exists():  # which is sent last
+        return False
+    scratch = _unused(final)
+    try:
+        fetch(stored, scratch, tuple(stored.files()))
+        TokenCache(scratch)
+        _publish(scratch, final)
+    except DamagedCacheError:
+        return False
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return True
 
 
 def _publish(scratch: pathlib.Path, final: pathlib.Path) -> None:
@@ -267,8 +311,8 @@ def _read_meta(folder: pathlib.Path) -> dict[str, Any]:
     return meta
 
 
-def _stamps(files: Iterable[pathlib.Path]) -> list[list[int]]:
-    """Returns [size, time of change] of each file.
+def _stamps(files: Iterable[AnyPath]) -> list[list[int | str]]:
+    """Returns [size, time of change or a store's mark] of each file.
 
     Raises:
       UserError: a file is gone or must not be looked at.
@@ -276,21 +320,26 @@ def _stamps(files: Iterable[pathlib.Path]) -> list[list[int]]:
     stamps = []
     for file in files:
         try:
-            stat = file.stat()
+            stamps.append(stamp(file))
         except OSError as error:
             raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error
-        stamps.append([stat.st_size, stat.st_mtime_ns])
     return stamps
 
 
-def _digests(files: Sequence[pathlib.Path], root: pathlib.Path) -> list[str]:
-    """Returns the sha256 of each file's bytes, remembered by path, size and time of change."""
+def _digests(files: Sequence[AnyPath], root: pathlib.Path) -> list[str]:
+    """Returns the sha256 of each file's bytes, remembered by path, size and time of change.
+
+    Of a file in a store, that of its name and of what the store says of it, so that it need not be fetched.
+    """
     memo_file = root / "sources.json"
     memo = _read_memo(memo_file)
     digests, to_remember = [], {}
-    for file, stamp in zip(files, _stamps(files)):
+    for file, said in zip(files, _stamps(files)):
         name = str(file.absolute())
-        if memo.get(name, [])[:2] == stamp:
+        if isinstance(file, StorePath):
+            digests.append(hashlib.sha256(json.dumps([name, *said]).encode()).hexdigest())
+            continue
+        if memo.get(name, [])[:2] == said:
             digests.append(memo[name][2])
             continue
         try:
@@ -298,8 +347,8 @@ def _digests(files: Sequence[pathlib.Path], root: pathlib.Path) -> list[str]:
                 digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
         except OSError as error:
             raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error
-        if time.time_ns() - stamp[1] > _CLOCK_GRAIN_NS:
-            to_remember[name] = [*stamp, digests[-1]]
+        if time.time_ns() - said[1] > _CLOCK_GRAIN_NS:
+            to_remember[name] = [*said, digests[-1]]
     if to_remember:
         scratch = _unused(memo_file)
         scratch.write_text(json.dumps(_read_memo(memo_file) | to_remember, indent=1), encoding="utf-8")

@@ -1,9 +1,9 @@
 """Rows of JSON lines and parquet files, one file after the other, whatever their size."""
 
+import contextlib
 import gzip
 import io
 import json
-import pathlib
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +13,7 @@ from jaxembed.data.record_formats import BadRecord
 from jaxembed.data.rows import Chooser, Row, reason, row_name
 from jaxembed.data.sources import find_files, label_of
 from jaxembed.errors import UserError
+from jaxembed.storage import AnyPath, StorePath
 
 _PARQUET_ROWS = 1024  # read at a time
 _PARQUET_ERRORS = (OSError, ValueError, NotImplementedError)  # what pyarrow's own errors derive from
@@ -66,15 +67,15 @@ class FileRows:
         """See `RowSource`: the files' absolute paths."""
         return self._places(tuple(file.absolute() for file in self.files))
 
-    def _places(self, files: tuple[pathlib.Path, ...]) -> list[tuple[int, str]]:
+    def _places(self, files: tuple[AnyPath, ...]) -> list[tuple[int, str]]:
         join = ":" if self.kind == "jsonl" else " row "
         return [(start, f"{file}{join}") for start, file in zip(self._starts, files)]
 
-    def _json_rows(self, file: pathlib.Path) -> Iterator[tuple[int, Row | None]]:
+    def _json_rows(self, file: AnyPath) -> Iterator[tuple[int, Row | None]]:
         """Yields (line, row), None for the row of a blank line."""
         before, number = self.done, 0
         try:
-            with open(file, "rb") as raw:
+            with file.open("rb") as raw:
                 zipped = file.name.endswith(".gz")
                 stream = io.BufferedReader(gzip.GzipFile(fileobj=raw), 1 << 20) if zipped else raw
                 for number, line in enumerate(stream, 1):
@@ -85,7 +86,7 @@ class FileRows:
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{file}: cannot read on after line {number}: {reason(error)}") from error
 
-    def _parquet_rows(self, path: pathlib.Path, choose: Chooser) -> Iterator[tuple[int, Row]]:
+    def _parquet_rows(self, path: AnyPath, choose: Chooser) -> Iterator[tuple[int, Row]]:
         number = 0
         with _open_parquet(path) as file:
             columns = choose(str(path), file.schema_arrow.names)
@@ -99,22 +100,26 @@ class FileRows:
                 raise UserError(f"{path}: cannot read on after row {number}: {reason(error)}") from error
 
 
-def _n_bytes(file: pathlib.Path) -> int:
+def _n_bytes(file: AnyPath) -> int:
     return file.stat().st_size
 
 
-def _n_rows(path: pathlib.Path) -> int:
+def _n_rows(path: AnyPath) -> int:
     with _open_parquet(path) as file:
         return file.metadata.num_rows
 
 
-def _open_parquet(path: pathlib.Path) -> Any:
+@contextlib.contextmanager
+def _open_parquet(path: AnyPath) -> Iterator[Any]:
     import pyarrow.parquet  # only sources that need it pay for the import
 
-    try:
-        return pyarrow.parquet.ParquetFile(path)
-    except _PARQUET_ERRORS as error:
-        raise UserError(f"{path}: not a readable parquet file: {reason(error)}") from error
+    with contextlib.ExitStack() as stack:
+        try:
+            stored = isinstance(path, StorePath)
+            file = pyarrow.parquet.ParquetFile(stack.enter_context(path.open()) if stored else path)
+        except _PARQUET_ERRORS as error:
+            raise UserError(f"{path}: not a readable parquet file: {reason(error)}") from error
+        yield stack.enter_context(file)
 
 
 def _parse(line: bytes) -> Row:

@@ -1,8 +1,7 @@
 """From the plan to batches: texts dealt to bins, packed into rows of static shape, prepared ahead."""
 
 import dataclasses
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -46,6 +45,7 @@ class StepInfo:
       padded_tokens: places in all rows, padding included.
       rows_per_bin: the rung.
       waste: the part of the places that is padding.
+      lengths: integers [B, T], tokens of each text, 0 where there is none.
     """
 
     step: int
@@ -54,6 +54,13 @@ class StepInfo:
     padded_tokens: int
     rows_per_bin: int
     waste: float
+    lengths: np.ndarray
+
+    @property
+    def counts(self) -> dict[str, float]:
+        """What a line of metrics says of it."""
+        counts = {"pairs": self.pairs, "tokens": self.real_tokens, "padded_tokens": self.padded_tokens}
+        return {**counts, "padding_waste": self.waste}
 
 
 def lay_out(step: StepPlan, n_bins: int, row_length: int) -> Layout:
@@ -179,7 +186,8 @@ class BatchBuilder:
         batch = Batch(rows, *self._relate(step, layout), teacher_rows)
         real = int(step.lengths_BxT.sum(dtype=np.int64))
         padded = self.shards * self.micro_batches * self.rungs[rung] * self.row_length
-        return batch, StepInfo(n, self.plan.batch_size, real, padded, self.rungs[rung], 1 - real / padded)
+        waste = 1 - real / padded
+        return batch, StepInfo(n, self.plan.batch_size, real, padded, self.rungs[rung], waste, step.lengths_BxT)
 
     def _rung_number(self, layout: Layout) -> int:
         return self.rungs.index(rung_for(layout.rows_needed, self.rungs))
@@ -247,7 +255,12 @@ class BatchBuilder:
 
 
 def prefetch(
-    builder: BatchBuilder, first_step: int, last_step: int, buffer: int, shards: Sequence[int] | None = None
+    builder: BatchBuilder,
+    first_step: int,
+    last_step: int,
+    buffer: int,
+    shards: Sequence[int] | None = None,
+    place: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> Iterator[tuple[Batch, StepInfo]]:
     """Yields the batches of steps first_step … last_step - 1 in order, up to `buffer` of them prepared ahead.
 
@@ -260,10 +273,15 @@ def prefetch(
       last_step: to stop before.
       buffer: batches to keep ready, at least 1.
       shards: whose rows to fill; all by default.
+      place: lays a batch onto the devices; by default it stays with NumPy.
     """
     import grain  # slow to import, and the plan is of use without it
 
-    steps = grain.MapDataset.range(first_step, last_step).map(functools.partial(builder.build, shards=shards))
+    def make(n: int) -> tuple[Batch, StepInfo]:
+        batch, info = builder.build(n, shards)
+        return place(batch), info
+
+    steps = grain.MapDataset.range(first_step, last_step).map(make)
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=buffer)
     batches = iter(steps.to_iter_dataset(options))
     try:

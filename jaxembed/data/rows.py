@@ -1,11 +1,11 @@
 """What every kind of source gives: numbered rows, their names, and what the rows were made from."""
 
 import bisect
-import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from jaxembed.data.record_formats import BadRecord
+from jaxembed.storage import AnyPath
 
 Row = dict[str, Any] | BadRecord  # a row that cannot be read is the reason why
 Chooser = Callable[[str, Sequence[str]], list[str]]  # (what has them, columns) → those that records are made of
@@ -28,7 +28,7 @@ class RowSource(Protocol):
     title: str
     label: str
     licence: str
-    files: tuple[pathlib.Path, ...]
+    files: tuple[AnyPath, ...]
     identity: tuple[str, ...]
     done: int
     total: int

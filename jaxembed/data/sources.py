@@ -9,6 +9,7 @@ import re
 
 from jaxembed.config import AUTO, SourceConfig
 from jaxembed.errors import UserError
+from jaxembed.storage import AnyPath, StorePath, is_url, path_of, sizes
 
 DATA_SETS = ("tfds", "hf")  # sources whose rows a package of their own reads
 
@@ -23,9 +24,9 @@ def parse_spec(spec: str) -> dict[str, str]:
     """Returns the fields of `SourceConfig` that a source's shorthand stands for.
 
     Args:
-      spec: a file, folder or glob; or 'tfds:NAME[:SPLIT]' or 'hf:NAME[:SPLIT]', NAME being a data set's name or the
-        folder of a prepared one. A split begins with a letter and may be a slice or a sum (`test`, `train[:10%]`); a
-        version, as in 'tfds:glue/mrpc:2.0.0', is a part of the name.
+      spec: a file, folder or glob, on disk or in a store; or 'tfds:NAME[:SPLIT]' or 'hf:NAME[:SPLIT]', NAME being a
+        data set's name or the folder of a prepared one. A split begins with a letter and may be a slice or a sum
+        (`test`, `train[:10%]`); a version, as in 'tfds:glue/mrpc:2.0.0', is a part of the name.
 
     Raises:
       UserError: no name after 'tfds:' or 'hf:'.
@@ -42,10 +43,10 @@ def parse_spec(spec: str) -> dict[str, str]:
 
 def _means_folder(name: str) -> bool:
     """Tells a prepared data set's folder from a name, though a folder of the name may happen to be there."""
-    return name.startswith((".", "/", "~")) or _is_data_set(pathlib.Path(name))
+    return name.startswith((".", "/", "~")) or (not is_url(name) and _is_data_set(pathlib.Path(name)))
 
 
-def _is_data_set(folder: pathlib.Path) -> bool:
+def _is_data_set(folder: AnyPath) -> bool:
     return any((folder / name).is_file() for name in _INFO_FILES)
 
 
@@ -65,7 +66,7 @@ def check_place(source: SourceConfig, field: str) -> None:
         raise UserError(f"{field}: there is no folder {source.path}")
 
 
-def find_files(source: SourceConfig, field: str) -> tuple[str, tuple[pathlib.Path, ...]]:
+def find_files(source: SourceConfig, field: str) -> tuple[str, tuple[AnyPath, ...]]:
     """Returns the kind of a source's files, 'jsonl' or 'parquet', and the files in the order of their names.
 
     A folder stands for all files of a known kind in it and its subfolders, a glob (`**` goes through subfolders) for
@@ -78,13 +79,13 @@ def find_files(source: SourceConfig, field: str) -> tuple[str, tuple[pathlib.Pat
     Raises:
       UserError: no such file, none in the folder or of the glob, or several kinds.
     """
-    path, said = pathlib.Path(source.path).expanduser(), f"{field}: {source.path}"
+    path, said = path_of(source.path), f"{field}: {source.path}"
     if path.is_dir():
         files = _files_in(path, source.source, said)
     elif path.is_file():
         files = (path,)
     elif glob.has_magic(source.path):
-        files = tuple(sorted(f for f in map(pathlib.Path, glob.glob(str(path), recursive=True)) if f.is_file()))
+        files = _matching(path)
         if not files:
             raise UserError(f"{said}: no file matches")
     else:
@@ -92,22 +93,26 @@ def find_files(source: SourceConfig, field: str) -> tuple[str, tuple[pathlib.Pat
     return (_common_kind(files, said) if source.source == AUTO else source.source), files
 
 
-def _files_in(folder: pathlib.Path, kind: str, said: str) -> tuple[pathlib.Path, ...]:
+def _matching(path: AnyPath) -> tuple[AnyPath, ...]:
+    if isinstance(path, StorePath):
+        return tuple(file for file in path.glob_files() if not file.name.startswith("."))
+    return tuple(sorted(f for f in map(pathlib.Path, glob.glob(str(path), recursive=True)) if f.is_file()))
+
+
+def _files_in(folder: AnyPath, kind: str, said: str) -> tuple[AnyPath, ...]:
     if kind == AUTO and _is_data_set(folder):
         raise UserError(f"{said} is the folder of a prepared data set: give it as tfds:FOLDER or hf:FOLDER")
     wanted = _SUFFIXES.get(kind, _ALL_SUFFIXES)
-    files = tuple(sorted(f for f in folder.rglob("*") if f.name.endswith(wanted) and _is_visible(f, folder)))
+    names = map(pathlib.PurePosixPath, sizes(folder))
+    visible = sorted(name for name in names if not any(part.startswith(".") for part in name.parts))
+    files = tuple(folder / str(name) for name in visible if name.name.endswith(wanted))
     if not files:
         raise UserError(f"{said}: no {', '.join(wanted)} file in this folder or its subfolders")
     return files
 
 
-def _is_visible(file: pathlib.Path, folder: pathlib.Path) -> bool:
-    return file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-
-
-def _common_kind(files: tuple[pathlib.Path, ...], said: str) -> str:
-    first_of: dict[str, pathlib.Path] = {}
+def _common_kind(files: tuple[AnyPath, ...], said: str) -> str:
+    first_of: dict[str, AnyPath] = {}
     for file in files:
         kind = next((kind for kind, suffixes in _SUFFIXES.items() if file.name.endswith(suffixes)), "")
         if not kind:
@@ -123,7 +128,7 @@ def _common_kind(files: tuple[pathlib.Path, ...], said: str) -> str:
 
 def label_of(path: str, n_files: int) -> str:
     """Returns a short name without machine paths: 'a.jsonl', 'folder/ (12 files)', 'folder/*.parquet (12 files)'."""
-    place = pathlib.Path(path).expanduser()
+    place = path_of(path)
     if place.is_file():
         return place.name
     if place.is_dir():
@@ -131,5 +136,5 @@ def label_of(path: str, n_files: int) -> str:
     else:  # the folder before the first wild card says what the files are; all before it is this machine's affair
         parts = place.parts
         wild = next(i for i, part in enumerate(parts) if glob.has_magic(part))
-        name = "/".join(part for part in parts[max(0, wild - 1) :] if part != place.anchor)
+        name = "/".join(part for part in parts[max(0, wild - 1) :] if part != "/")
     return f"{name} ({n_files} file{'s' * (n_files != 1)})"

@@ -14,9 +14,12 @@ from tokenizers import normalizers, processors
 
 from jaxembed.data.templates import Template
 from jaxembed.errors import UserError
+from jaxembed.storage import local, path_of
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _EXTRA = ("additional_special_tokens", "extra_special_tokens")
+# The files beside a tokenizer.json that are honoured.
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "sentence_bert_config.json")
 # Customary spellings, for a tokenizer whose files do not say which of its special tokens is which.
 _CUSTOMARY = {
     "unk_token": ("[UNK]", "<unk>"),
@@ -99,15 +102,18 @@ class Tokenizer:
         kind, _, path = spec.partition(":")
         if kind not in ("hf", "file") or not path:
             raise UserError(f"config.tokenizer = {spec!r}: wants 'hf:FOLDER' or 'file:PATH/tokenizer.json'")
-        file = pathlib.Path(path).expanduser()
+        file = path_of(path)
         if kind == "hf":
             if not file.is_dir():
                 raise UserError(f"tokenizer: there is no folder {file}")
+            file = local(file)
             if not (file / "tokenizer.json").is_file():
                 return _convert(file)
             file = file / "tokenizer.json"
         elif not file.is_file():
             raise UserError(f"tokenizer: there is no file {file}")
+        else:
+            file = local(file.parent, (file.name, *_SETTINGS)) / file.name
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the Rust library raises plain Exception
@@ -333,8 +339,7 @@ def _with_settings(
     backend: tokenizers.Tokenizer, folder: pathlib.Path, special: Mapping[str, str], extra: Sequence[str]
 ) -> Tokenizer:
     """Completes a backend with what the configuration files beside it say; `special` and `extra` win over them."""
-    config = _read_json(folder / "tokenizer_config.json")
-    special_map = _read_json(folder / "special_tokens_map.json")
+    config, special_map, sentence_config = (_read_json(folder / name) for name in _SETTINGS)
     found = {"pad_token": (backend.padding or {}).get("pad_token", "")}
     for role in _SPECIAL:
         named = special.get(role) or _content(config.get(role)) or _content(special_map.get(role)) or found.get(role)
@@ -342,7 +347,7 @@ def _with_settings(
         found[role] = named or next(customary, "")
     further = (_contents(file.get(key)) for file in (config, special_map) for key in _EXTRA)
     extra = [*extra, *itertools.chain.from_iterable(further)]
-    if _read_json(folder / "sentence_bert_config.json").get("do_lower_case") is True:
+    if sentence_config.get("do_lower_case") is True:
         _lower_case(backend)
     truncation_side = config.get("truncation_side") or (backend.truncation or {}).get("direction") or "right"
     if truncation_side not in ("right", "left"):

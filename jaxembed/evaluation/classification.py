@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import pathlib
 import re
 
 import numpy as np
@@ -12,6 +11,7 @@ from jaxembed.evaluation.lines import id_of, read_objects, stem, text_of
 from jaxembed.evaluation.logistic import fit
 from jaxembed.evaluation.sets import classification_files
 from jaxembed.evaluation.vectors import NO_PROMPT, Encode, finite_vectors
+from jaxembed.storage import AnyPath
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ def _macro_f1(predicted_N: np.ndarray, wanted_N: np.ndarray) -> float:
     return float(np.mean(scores))
 
 
-def _read(path: pathlib.Path) -> tuple[list[str], list[str]]:
+def _read(path: AnyPath) -> tuple[list[str], list[str]]:
     texts, labels = [], []
     for where, row in read_objects(path):
         texts.append(text_of(row, "text", where))
@@ -85,7 +85,7 @@ def _read(path: pathlib.Path) -> tuple[list[str], list[str]]:
     return texts, labels
 
 
-def _name(train: pathlib.Path, test: pathlib.Path) -> str:
+def _name(train: AnyPath, test: AnyPath) -> str:
     """Returns 'trec' of trec-train.jsonl and trec-test.jsonl, the folder's name of train.jsonl and test.jsonl."""
     words = (re.split(r"[-_.]", stem(path)) for path in (train, test))
     common = [a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*words))]

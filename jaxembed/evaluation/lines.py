@@ -3,23 +3,23 @@
 import gzip
 import json
 import math
-import pathlib
 import re
 import zlib
 from collections.abc import Iterator
 from typing import Any
 
 from jaxembed.errors import UserError
+from jaxembed.storage import AnyPath
 
 _ENDINGS = re.compile(r"(\.(jsonl|json|parquet|gz))+$")
 
 
-def stem(path: pathlib.Path) -> str:
+def stem(path: AnyPath) -> str:
     """Returns a file's name without the endings that say what kind of file it is."""
     return _ENDINGS.sub("", path.name)
 
 
-def find_file(folder: pathlib.Path, *names: str) -> pathlib.Path:
+def find_file(folder: AnyPath, *names: str) -> AnyPath:
     """Returns the first of these files that the folder has, each as it is or with '.gz'.
 
     Raises:
@@ -32,7 +32,7 @@ def find_file(folder: pathlib.Path, *names: str) -> pathlib.Path:
     raise UserError(f"{folder}: there is no {' or '.join(names)} in it (also as .gz)")
 
 
-def read_lines(path: pathlib.Path) -> Iterator[tuple[str, str]]:
+def read_lines(path: AnyPath) -> Iterator[tuple[str, str]]:
     """Yields ('FILE:LINE', the line without its end) for every line that is not blank.
 
     Raises:
@@ -42,7 +42,7 @@ def read_lines(path: pathlib.Path) -> Iterator[tuple[str, str]]:
         raise UserError(f"{path}: there is no such file")
     number = 0
     try:
-        with gzip.open(path) if path.name.endswith(".gz") else open(path, "rb") as stream:
+        with path.open("rb") as raw, gzip.open(raw) if path.name.endswith(".gz") else raw as stream:
             for number, line in enumerate(stream, 1):
                 text = (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).decode().rstrip("\r\n")
                 if text.strip():
@@ -54,7 +54,7 @@ def read_lines(path: pathlib.Path) -> Iterator[tuple[str, str]]:
         raise UserError(f"{path}: cannot be read beyond line {number}: {reason}") from error
 
 
-def read_objects(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_objects(path: AnyPath) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields ('FILE:LINE', the object) for every line of a JSON-lines file.
 
     Raises:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxembed.config import nearest
 from jaxembed.errors import UserError
+from jaxembed.storage import path_of
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
@@ -77,7 +78,7 @@ def open_tasks(names: Sequence[str]) -> "list[AbsTask]":
 
 def model_name(spec: str) -> str:
     """Returns what results call a model: 'ORGANISATION/NAME', of a folder its last two names."""
-    path = pathlib.Path(spec).expanduser()
+    path = path_of(spec)
     return "/".join(path.resolve().parts[-2:]) if path.exists() else spec
 
 

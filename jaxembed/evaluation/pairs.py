@@ -1,7 +1,6 @@
 """Retrieval from training records that were held out: each query is to find its positives among all documents."""
 
 import collections
-import pathlib
 import re
 
 from jaxembed.config import SourceConfig
@@ -9,6 +8,7 @@ from jaxembed.data.records import Record, RecordReader
 from jaxembed.data.sources import DATA_SETS, parse_spec
 from jaxembed.evaluation.lines import stem
 from jaxembed.evaluation.retrieval import RetrievalData
+from jaxembed.storage import path_of
 
 _VERSION = re.compile(r"[:/]\d+\.\d+\.\d+$")  # of a data set of tfds
 
@@ -61,7 +61,7 @@ def set_name(source: SourceConfig) -> str:
     if source.name:
         name = _VERSION.sub("", source.name).replace("/", "-")
     else:
-        path = pathlib.Path(_VERSION.sub("", source.path.rstrip("/"))).expanduser().resolve()
+        path = path_of(_VERSION.sub("", source.path.rstrip("/"))).resolve()
         name = stem(path).strip("*.-_") or path.parent.name  # a glob may be nothing but a star
     return f"{name}-{source.split}" if source.source in DATA_SETS else name
 

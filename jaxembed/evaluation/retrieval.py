@@ -12,6 +12,7 @@ from jaxembed.evaluation.lines import id_of, read_lines, read_objects, text_of
 from jaxembed.evaluation.sets import retrieval_files
 from jaxembed.evaluation.vectors import Encode, finite_vectors
 from jaxembed.similarity import for_search
+from jaxembed.storage import AnyPath
 
 DEPTH = 100  # documents ranked per query
 
@@ -151,7 +152,7 @@ def _metrics(found_QxK: np.ndarray, gains: list[dict[str, float]]) -> dict[str, 
     return {name: 100 * float(values_Q.mean()) for name, values_Q in metrics_Q.items()}
 
 
-def _read_texts(path: pathlib.Path, titled: bool) -> dict[str, str]:
+def _read_texts(path: AnyPath, titled: bool) -> dict[str, str]:
     """Returns text by id, in the file's order; with the title, where there is one, if `titled`."""
     texts: dict[str, str] = {}
     for where, row in read_objects(path):
@@ -167,7 +168,7 @@ def _read_texts(path: pathlib.Path, titled: bool) -> dict[str, str]:
     return texts
 
 
-def _read_qrels(path: pathlib.Path) -> dict[str, dict[str, float]]:
+def _read_qrels(path: AnyPath) -> dict[str, dict[str, float]]:
     """Returns the gains > 0 by query and document. Columns: query id, document id, score; the first line names them."""
     qrels: dict[str, dict[str, float]] = {}
     for number, (where, line) in enumerate(read_lines(path)):

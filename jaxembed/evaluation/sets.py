@@ -1,11 +1,12 @@
 """The files of evaluation sets, and whether they are there: answers at once, reads nothing, imports nothing heavy."""
 
-import pathlib
+import re
 
 from jaxembed.config import EvalConfig, SourceConfig
 from jaxembed.data.sources import check_place, parse_spec
 from jaxembed.errors import UserError
 from jaxembed.evaluation.lines import find_file
+from jaxembed.storage import AnyPath, path_of
 
 
 def require_sets(config: EvalConfig, prefix: str) -> None:
@@ -29,13 +30,13 @@ def require_sets(config: EvalConfig, prefix: str) -> None:
                 raise UserError(f"{prefix}{kind}: {error}") from error
 
 
-def existing_file(spec: str) -> pathlib.Path:
+def existing_file(spec: str) -> AnyPath:
     """Returns the path of a file.
 
     Raises:
       UserError: there is none.
     """
-    path = pathlib.Path(spec).expanduser()
+    path = path_of(spec)
     if path.is_dir():
         raise UserError(f"{spec} is a folder, wants a file")
     if not path.is_file():
@@ -43,31 +44,31 @@ def existing_file(spec: str) -> pathlib.Path:
     return path
 
 
-def retrieval_files(spec: str) -> tuple[pathlib.Path, pathlib.Path, pathlib.Path]:
+def retrieval_files(spec: str) -> tuple[AnyPath, AnyPath, AnyPath]:
     """Returns a BEIR folder's corpus.jsonl, queries.jsonl, and qrels.tsv or qrels/test.tsv, each as it is or as .gz.
 
     Raises:
       UserError: no such folder, or a file that it lacks.
     """
-    folder = pathlib.Path(spec).expanduser()
+    folder = path_of(spec)
     if not folder.is_dir():
         raise UserError(f"no such file or folder: {spec} (wants a folder of corpus.jsonl, queries.jsonl and qrels.tsv)")
     corpus, queries = find_file(folder, "corpus.jsonl"), find_file(folder, "queries.jsonl")
     return corpus, queries, find_file(folder, "qrels.tsv", "qrels/test.tsv")
 
 
-def classification_files(spec: str) -> tuple[pathlib.Path, pathlib.Path]:
+def classification_files(spec: str) -> tuple[AnyPath, AnyPath]:
     """Returns the training and the test file of 'TRAIN:TEST', or of a folder with train.jsonl and test.jsonl (or .gz).
 
     Raises:
       UserError: `spec` is neither of both, or a file is missing.
     """
-    folder = pathlib.Path(spec).expanduser()
+    folder = path_of(spec)
     if folder.is_dir():
         return find_file(folder, "train.jsonl"), find_file(folder, "test.jsonl")
-    train, colon, test = spec.partition(":")
-    if not colon:
+    files = re.split(r":(?!//)", spec, maxsplit=1)  # not at the ':' of s3://
+    if len(files) < 2:
         raise UserError(
             f"no such file or folder: {spec} (wants TRAIN_FILE:TEST_FILE, or a folder of train.jsonl and test.jsonl)"
         )
-    return existing_file(train), existing_file(test)
+    return existing_file(files[0]), existing_file(files[1])

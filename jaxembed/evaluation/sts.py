@@ -10,6 +10,7 @@ from jaxembed.errors import UserError
 from jaxembed.evaluation.lines import number_of, read_objects, stem, text_of
 from jaxembed.evaluation.vectors import NO_PROMPT, Encode, finite_vectors
 from jaxembed.similarity import pairwise
+from jaxembed.storage import path_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,7 @@ def read_sts(path: str | pathlib.Path) -> StsData:
     Raises:
       UserError: no such file, a bad row (named FILE:LINE), or scores that are all equal.
     """
-    path = pathlib.Path(path).expanduser()
+    path = path_of(path)
     sentences1, sentences2, scores = [], [], []
     for where, row in read_objects(path):
         sentences1.append(text_of(row, "sentence1", where))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxembed.errors import UserError
+from jaxembed.storage import AnyPath
 
 MAX_JSON_BYTES = 100_000_000
 
@@ -42,7 +43,7 @@ def _root(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
-def read_json(path: pathlib.Path, kind: type = dict) -> Any:
+def read_json(path: AnyPath, kind: type = dict) -> Any:
     """Returns the content of a JSON file, a `kind` (dict or list).
 
     Raises:
@@ -58,7 +59,7 @@ def read_json(path: pathlib.Path, kind: type = dict) -> Any:
 
 
 def parse_json(
-    text: bytes, path: pathlib.Path, kind: type = dict, hook: Callable[[list[tuple[str, Any]]], Any] | None = None
+    text: bytes, path: AnyPath, kind: type = dict, hook: Callable[[list[tuple[str, Any]]], Any] | None = None
 ) -> Any:
     """Returns what the JSON `text` of the file `path` says. `hook` is json's `object_pairs_hook`; see `read_json`."""
     try:
@@ -70,7 +71,7 @@ def parse_json(
     return content
 
 
-def read_optional_json(path: pathlib.Path) -> dict[str, Any]:
+def read_optional_json(path: AnyPath) -> dict[str, Any]:
     """Returns the JSON object of a file, {} where there is none."""
     return read_json(path) if path.is_file() else {}
 

@@ -1,9 +1,10 @@
-"""Where the folder of a checkpoint is: on this machine, or fetched from the Hugging Face hub."""
+"""Where the folder of a checkpoint is: on this machine, or fetched from an object store or the Hugging Face hub."""
 
 import pathlib
 import re
 
 from jaxembed.errors import UserError
+from jaxembed.storage import StorePath, local, path_of
 
 REPOSITORY = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?", re.ASCII)
 # Neither pickles nor code: what is not here cannot be read by mistake.
@@ -18,14 +19,16 @@ def resolve(spec: str) -> pathlib.Path:
     cached, or where HF_HUB_OFFLINE is set; else it is fetched there.
 
     Args:
-      spec: what stands behind 'hf:': a folder, or ORG/NAME or ORG/NAME@REVISION on the hub.
+      spec: what stands behind 'hf:': a folder, also one in a store, or ORG/NAME or ORG/NAME@REVISION on the hub.
 
     Raises:
       UserError: there is no such folder, and the hub cannot give it.
     """
-    folder = pathlib.Path(spec).expanduser()
+    folder = path_of(spec)
     if folder.is_dir():
-        return folder
+        return local(folder, ALLOWED)
+    if isinstance(folder, StorePath):
+        raise UserError(f"hf:{spec}: no such folder")
     match = REPOSITORY.fullmatch(spec)
     if not match:
         raise UserError(f"hf:{spec}: no such folder, and not of the form ORG/NAME or ORG/NAME@REVISION")

@@ -6,8 +6,6 @@ The names are those of peft 0.21: `base_model.model.MODULE.lora_A.weight` [r, in
 import json
 import pathlib
 import re
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,8 +17,9 @@ from jaxembed.hf.files import listing
 from jaxembed.hf.folder import read_folder
 from jaxembed.hf.hub import REPOSITORY
 from jaxembed.hf.table import Linear, Row
-from jaxembed.hf.writer import SavedTokenizer
+from jaxembed.hf.writer import SavedTokenizer, replacing
 from jaxembed.models.lora import NAME, Lora
+from jaxembed.storage import AnyPath, is_url
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 KERNEL = "/kernel"
@@ -50,6 +49,10 @@ def base_of(spec: str) -> tuple[str, str | None]:
     Raises:
       UserError: `spec` is neither.
     """
+    if is_url(spec):
+        raise UserError(
+            f"hf:{spec}: no program that opens adapters finds their base there; train from a folder on disk"
+        )
     folder = pathlib.Path(spec).expanduser()
     if folder.is_dir():  # by its whole path: elsewhere, programs would look for a relative one on the hub
         return str(read_folder(folder).transformer.resolve()), None
@@ -79,7 +82,7 @@ def caution(architecture: Architecture, hf_config: Mapping[str, Any], base: Mapp
 
 
 def write_peft(
-    out: pathlib.Path,
+    out: AnyPath,
     *,
     architecture: Architecture,
     hf_config: Mapping[str, Any],
@@ -117,8 +120,6 @@ def write_peft(
     """
     from safetensors.numpy import save_file
 
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out}: is there already; remove it, or export to another place")
     config = architecture.config_from_hf(hf_config)
     rows = [row for row in architecture.rows(config) if _is_linear(row) and set(_paths(row)) <= set(lora.targets)]
     ranks = {_pattern(row): lora.rank * len(row.parts) for row in rows if len(row.parts) > 1}
@@ -144,19 +145,12 @@ def write_peft(
         "longest text": f"{max_length} tokens",
         **{f"prompt {name!r}": repr(text) for name, text in prompts.items()},
     }
-    part = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.new")
-    try:
-        part.mkdir(parents=True)
+    with replacing(out, lambda _: False, CONFIG) as part:
         save_file(dict(_tensors(rows, config.layers, adapters)), part / WEIGHTS, metadata={"format": "pt"})
         for name, content in ((CONFIG, said), ("config.json", dict(hf_config))):
             (part / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (part / "README.md").write_text(_readme(architecture.hf_class, base, revision, warning, how), encoding="utf-8")
         tokenizer.save(part, max_length)
-        part.replace(out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _readme(hf_class: str, base: str, revision: str | None, warning: str, how: Mapping[str, str]) -> str:

@@ -12,11 +12,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxembed.errors import UserError
+from jaxembed.sharding import to_host
 
 Shape = tuple[int, ...]
 Index = tuple[slice, ...]
@@ -297,11 +297,11 @@ def _fault(name: str, tensor: np.ndarray | None, wanted: Shape, ours: str) -> st
 def export_tensors(rows: Sequence[Row], leaves: Mapping[str, Any], layers: int) -> Iterator[tuple[str, np.ndarray]]:
     """Walks the table backwards: yields every tensor of the checkpoint with its name, as a view.
 
-    Only one leaf at a time is brought to the host.
+    Only one leaf at a time is brought to the host; of several processes all walk, and process 0 gets the tensors.
 
     Args:
       rows: the architecture's table.
-      leaves: path → np.ndarray, or jax.Array all of whose shards this process can read.
+      leaves: path → np.ndarray or jax.Array.
       layers: n, the length of stacked leaves.
 
     Raises:
@@ -317,20 +317,7 @@ def export_tensors(rows: Sequence[Row], leaves: Mapping[str, Any], layers: int) 
 
 def _export(rows: Sequence[Row], leaves: Mapping[str, Any], layers: int) -> Iterator[tuple[str, np.ndarray]]:
     for row in rows:
-        wholes = [(_to_host(leaves[ours]), transform) for ours, transform in row.parts]
+        wholes = [(to_host(leaves[ours]), transform) for ours, transform in row.parts]
         for i, name in enumerate(row.names(layers), row.first):
             pieces = [transform.to_hf(leaf[i] if row.stacked else leaf) for leaf, transform in wholes]
             yield name, pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-
-
-def _to_host(leaf: np.ndarray | jax.Array) -> np.ndarray:
-    """Gathers a leaf without the host copy that `np.asarray` would leave in the jax.Array."""
-    if not isinstance(leaf, jax.Array):
-        return leaf
-    if not leaf.is_fully_addressable:
-        raise ValueError("an exported leaf has shards on other processes; gather it first")
-    out = np.empty(leaf.shape, leaf.dtype)
-    for shard in leaf.addressable_shards:
-        if shard.replica_id == 0:
-            out[shard.index] = np.asarray(shard.data)
-    return out

@@ -10,7 +10,7 @@ import os
 import pathlib
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -26,6 +26,7 @@ from jaxembed.hf.safetensors_io import write_tensors
 from jaxembed.hf.table import Row, export_tensors
 from jaxembed.hf.weights import DENSE_BIAS, DENSE_WEIGHT, LATENT_ROWS, LAYER_WEIGHTS, dense_rows
 from jaxembed.hf.word_rules import require_cut
+from jaxembed.storage import AnyPath, StorePath, filling
 
 Array = np.ndarray | jax.Array
 
@@ -56,7 +57,7 @@ class SavedTokenizer(Protocol):
 
 
 def write_folder(
-    out: pathlib.Path,
+    out: AnyPath,
     *,
     hf_config: Mapping[str, Any],
     architecture: Architecture,
@@ -122,7 +123,7 @@ def write_folder(
         raise ValueError(f"default_prompt_name {default_prompt_name!r} is not one of the prompts")
     kind = jnp.dtype(dtype)
     width = config.width
-    with _replacing(out) as folder:
+    with replacing(out, _is_exported, "config.json") as folder:
         _write_json(folder / "config.json", _model_config(hf_config, architecture, dtype))
         write_tensors(folder, _backbone_tensors(architecture, config, leaves, unused or {}, kind))
         tokenizer.save(folder, max_length)
@@ -252,11 +253,24 @@ def _write_json(path: pathlib.Path, content: Any) -> None:
 
 
 @contextlib.contextmanager
-def _replacing(out: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives a new folder beside `out`, and puts it in `out`'s place when the block ends well."""
+def replacing(out: AnyPath, replaceable: Callable[[AnyPath], bool], last: str) -> Iterator[pathlib.Path]:
+    """Gives a new folder to write into, and puts it in `out`'s place when the block ends well.
+
+    Args:
+      out: the place; what is there may be an empty folder.
+      replaceable: whether another folder there may go.
+      last: the file that a store gets last, without which the folder cannot be opened.
+
+    Raises:
+      UserError: what is there must not go, or the folder cannot be written.
+    """
     out = out.resolve()
-    if out.exists() and not _replaceable(out):
+    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or replaceable(out))):
         raise UserError(f"{out}: is there already and is no exported folder; remove it, or export to another place")
+    if isinstance(out, StorePath):
+        with filling(out, last) as folder:
+            yield folder
+        return
     tag = uuid.uuid4().hex[:8]
     new, old = out.with_name(f".{out.name}.{tag}.new"), out.with_name(f".{out.name}.{tag}.old")
     try:
@@ -277,8 +291,6 @@ def _replacing(out: pathlib.Path) -> Iterator[pathlib.Path]:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def _replaceable(out: pathlib.Path) -> bool:
-    if not out.is_dir():
-        return False
+def _is_exported(out: AnyPath) -> bool:
     versions = read_optional_json(out / SETTINGS).get("__version__")
-    return not any(out.iterdir()) or (isinstance(versions, dict) and "jaxembed" in versions)
+    return isinstance(versions, dict) and "jaxembed" in versions

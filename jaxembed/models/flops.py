@@ -1,44 +1,130 @@
-"""Floating-point operations of a model, for utilisation (MFU): those of real tokens, without any recomputation.
+"""Floating-point operations of a step, by the model's own formula: those of real tokens, without any recomputation.
 
-A product of [m, k] and [k, n] counts 2 m k n. Norms, activations, rotary positions and the softmax are left out, as in
-PaLM's count (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
+A product of [m, k] and [k, n] counts 2 m k n. Counted: linear layers of the backbone and of the head, adapters, and
+attention's two products (scores, and weights with values). Not counted, as in PaLM's count (Chowdhery et al. 2022,
+arXiv:2204.02311, appendix B): look-ups, norms, activations, rotary positions, biases, the softmax; and neither the
+optimizer nor the loss.
+
+Attention counts the pairs of tokens that see each other, so that a masked score is no work done: n² in a text of n
+tokens that sees all of itself, n (n + 1) / 2 where a token sees those up to itself, and with a reach of w tokens on
+either side no more than w of them there. (PaLM counts n² for causal models too, which flatters their utilisation.) What
+a prefix adds to a causal layer is left out.
 """
 
+import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections import Counter
+from typing import TYPE_CHECKING, Any
 
-from jaxembed.models.text_encoder import BACKBONE, flatten
+import numpy as np
+
+from jaxembed.models.lora import Lora, is_adapter
+from jaxembed.models.modernbert import ModernBertConfig
+from jaxembed.models.options import per_layer
+from jaxembed.models.text_encoder import BACKBONE, ModelFactory, flatten
+from jaxembed.models.transformer import TransformerConfig
+
+if TYPE_CHECKING:  # models/ knows nothing of where models come from
+    from jaxembed.model_source import Blueprint
+
+_LAYERS = f"{BACKBONE}layers/"
+_HEAD = ("expansion/kernel", "projection/kernel")
 
 
-def linear_flops_per_token(params: Mapping[str, Any]) -> int:
-    """Returns operations of one token's way forward through the linear layers of all of the backbone's layers.
+@dataclasses.dataclass(frozen=True)
+class StepFlops:
+    """What a model computes, as operations of its way forward.
+
+    Attributes:
+      per_token: of the kernels that every token meets.
+      frozen_per_token: of these, what belongs to kernels that are not trained.
+      per_text: of the head's kernels behind pooling.
+      heads: H and K. A pair of tokens in one layer, where the first sees the second, counts 4 H K.
+      layers: (whether causal, reach; 0 = any distance) → how many layers.
+    """
+
+    per_token: int
+    frozen_per_token: int
+    per_text: int
+    heads: tuple[int, int]
+    layers: tuple[tuple[tuple[bool, int], int], ...]
+
+    @classmethod
+    def of(cls, blueprint: "Blueprint", factory: ModelFactory, lora: Lora | None = None) -> "StepFlops":
+        """Counts a model's operations from its parameters' shapes; needs a mesh set.
+
+        Args:
+          blueprint: the model's; its backbone says what attention sees.
+          factory: the model's maker, with its adapters where it has any.
+          lora: the adapters, with which the backbone's own kernels are not trained; None without.
+        """
+        leaves = flatten(factory.abstract())
+        kernels = {path: 2 * math.prod(x.shape) for path, x in leaves.items() if _is_kernel(path)}
+        layers = sum(n for path, n in kernels.items() if path.startswith(_LAYERS) and not is_adapter(path))
+        per_text = sum(kernels.get(path, 0) for path in _HEAD)
+        # The latents' keys and values are made once, not for each token; its scores and values are for each.
+        once = sum(kernels.get(f"latent_attention/{name}/kernel", 0) for name in ("key", "value"))
+        latent = 4 * blueprint.head.latents * blueprint.backbone.width if blueprint.head.pooling == "latent" else 0
+        return cls(
+            per_token=sum(kernels.values()) - per_text - once + latent,
+            frozen_per_token=layers if lora else 0,
+            per_text=per_text,
+            heads=leaves[f"{_LAYERS}attention/query/kernel"].shape[-2:],
+            layers=tuple(Counter(_seen(blueprint.backbone)).items()),
+        )
+
+    def forward(self, lengths: np.ndarray) -> float:
+        """Returns operations of the way forward; arguments as for `training`. A teacher does no more than this."""
+        return float(self._linear(self.per_token, lengths) + self._attention(lengths))
+
+    def training(self, lengths: np.ndarray) -> float:
+        """Returns operations of forward and backward pass.
+
+        Each product has two in the backward pass, one for either factor's gradient; where kernels are not trained, one.
+        (Kernels that `config.optimizer.by_regex` freezes count as trained.)
+
+        Args:
+          lengths: integers of any shape, tokens of each text of a step; 0 where there is no text.
+        """
+        products = 3 * self._linear(self.per_token, lengths) - int(lengths.sum()) * self.frozen_per_token
+        return float(products + 3 * self._attention(lengths))
+
+    def _linear(self, per_token: int, lengths: np.ndarray) -> int:
+        return int(lengths.sum()) * per_token + int(np.count_nonzero(lengths)) * self.per_text
+
+    def _attention(self, lengths: np.ndarray) -> float:
+        texts_of_length = np.bincount(lengths.reshape(-1))
+        length = np.arange(texts_of_length.size, dtype=np.float64)
+        seen = sum(n * pairs_seen(length, causal, reach) for (causal, reach), n in self.layers)
+        return 4 * math.prod(self.heads) * float(texts_of_length @ seen)
+
+
+def pairs_seen(length: np.ndarray, causal: bool, reach: int) -> np.ndarray:
+    """Returns how many pairs (token, token that it sees) texts have.
 
     Args:
-      params: the model's, arrays or ShapeDtypeStructs; layers are stacked.
+      length: float64, n of each text.
+      causal: whether nothing behind a token is seen.
+      reach: the farthest distance seen, on either side; 0 = any.
     """
-    kernels = (
-        x for path, x in flatten(params).items() if path.startswith(f"{BACKBONE}layers/") and path.endswith("/kernel")
-    )
-    return sum(2 * math.prod(x.shape) for x in kernels)
+    # Before the i-th token (from 0) lie min(i, reach) that it sees; behind it, if any are seen, as many in all.
+    far = np.minimum(length, reach + 1) if reach else length
+    before = far * (far - 1) / 2 + (length - far) * reach
+    return length + before * (1 if causal else 2)
 
 
-def attention_flops(layers: int, heads: int, head_width: int, lengths: Sequence[int]) -> int:
-    """Returns operations of the way forward of scores and values, of texts that see all of themselves.
-
-    Args:
-      layers: n.
-      heads: H.
-      head_width: K.
-      lengths: tokens of each text.
-    """
-    return 4 * layers * heads * head_width * sum(int(length) ** 2 for length in lengths)
+def _is_kernel(path: str) -> bool:
+    return path.endswith("/kernel") or is_adapter(path)
 
 
-def training_flops(linear: int, attention: int, frozen: bool) -> int:
-    """Returns operations of forward and backward pass, from those of the forward pass.
-
-    Each product has two in the backward pass, one for either factor's gradient; where kernels are frozen, one. What low
-    rank adapters add is left out.
-    """
-    return linear * (2 if frozen else 3) + attention * 3
+def _seen(backbone: Any) -> list[tuple[bool, int]]:
+    """Returns of each layer whether it is causal, and its reach."""
+    causal = [mode != "bidirectional" for mode in per_layer(backbone.attention, backbone.layers)]
+    match backbone:
+        case TransformerConfig(window=window, local=local):
+            reach = [window.causal if c else window.bidirectional for c in causal]
+            return [(c, w if near else 0) for c, w, near in zip(causal, reach, per_layer(local, backbone.layers))]
+        case ModernBertConfig(local=local, reach=reach):
+            return [(c, reach if near else 0) for c, near in zip(causal, local)]
+        case _:
+            return [(c, 0) for c in causal]

@@ -3,7 +3,6 @@
 import array
 import collections
 import dataclasses
-import pathlib
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from jaxembed.evaluation.report import MAIN_METRIC
 from jaxembed.metrics import iter_metrics
+from jaxembed.storage import AnyPath
 
 WARM_UP = 0.1  # of the steps: compilation falls there, so that speed is taken from the rest
 
@@ -56,7 +56,7 @@ class History:
     before: int = 0
 
     @classmethod
-    def read(cls, workdir: pathlib.Path, until: int | None = None) -> "History":
+    def read(cls, workdir: AnyPath, until: int | None = None) -> "History":
         """Reads metrics.jsonl: nothing, where there is none.
 
         Args:
@@ -99,7 +99,7 @@ class History:
         return float(baseline.values[-1]) if baseline else None
 
     def seconds(self) -> float:
-        """Returns how long the steps took, without evaluations; a step that was not logged counts as the next."""
+        """Returns how long the steps took by themselves; a step that was not logged counts as the next."""
         if "pairs_per_s" not in self.series:
             return 0.0
         pairs, rate = self.series["pairs"], self.series["pairs_per_s"]

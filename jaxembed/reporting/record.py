@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-import pathlib
 
 from jaxembed import run_folder
 from jaxembed.config import Config
 from jaxembed.reporting.history import History
 from jaxembed.stages import stages_of
+from jaxembed.storage import AnyPath
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class RunRecord:
     history: History
 
     @classmethod
-    def read(cls, workdir: pathlib.Path, until: int | None = None) -> "RunRecord":
+    def read(cls, workdir: AnyPath, until: int | None = None) -> "RunRecord":
         """Reads a run's folder.
 
         Args:

@@ -14,6 +14,7 @@ from jaxembed.reporting.markdown import (
     table,
 )
 from jaxembed.reporting.record import RunRecord
+from jaxembed.reporting.time_spent import goodput_in_words, memory_in_words, time_in_words
 
 
 def report(record: RunRecord) -> str:
@@ -34,6 +35,7 @@ def report(record: RunRecord) -> str:
         f"<details><summary>All metrics</summary>\n\n{scores_table(others)}\n</details>\n" if others else "",
         "## Speed\n",
         _speed_table(history),
+        _time(history),
         "## Training data\n",
         data_table(record.sources) if record.sources else "Not recorded.\n",
         "## Training\n",
@@ -64,7 +66,20 @@ def _speed_table(history: History) -> str:
     for name, part in history.by_stage():
         if "loss" not in part.series:
             continue
-        pairs, tokens, waste = (part.typical(key) for key in ("pairs_per_s", "tokens_per_s", "padding_waste"))
-        rows.append((name or "all", f"{pairs:,.0f}", f"{tokens:,.0f}", f"{waste:.1%}", duration(part.seconds())))
-    note = "Medians, the first tenth of the steps left out, in which compilation falls; time without evaluations.\n"
-    return table(["stage", "pairs/s", "tokens/s", "padding waste", "time"], rows) + "\n" + note
+        keys = ("pairs_per_s", "tokens_per_s", "tokens_per_s_per_chip", "mfu", "padding_waste")
+        pairs, tokens, per_chip, mfu, waste = (part.typical(key) for key in keys)
+        rates = (f"{pairs:,.0f}", f"{tokens:,.0f}", "" if per_chip is None else f"{per_chip:,.0f}")
+        parts = ("" if mfu is None else f"{mfu:.1%}", f"{waste:.1%}")
+        rows.append((name or "all", *rates, *parts, duration(part.seconds())))
+    header = ["stage", "pairs/s", "tokens/s", "tokens/s per chip", "MFU", "padding waste", "time"]
+    note = (
+        "Medians, the first tenth of the steps left out; time of the steps alone, without compiling, evaluating and "
+        "saving. MFU: the model's operations on real tokens by the peak of the chips, where that is known.\n"
+    )
+    return table(header, rows) + "\n" + note
+
+
+def _time(history: History) -> str:
+    """Lists what the time went into, goodput and memory, each where it was logged."""
+    said = {"Time": time_in_words, "Goodput": goodput_in_words, "Memory": memory_in_words}
+    return "".join(f"- {name}: {in_words(history)}.\n" for name, in_words in said.items() if in_words(history))

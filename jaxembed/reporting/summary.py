@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 from jaxembed.reporting.history import History
 from jaxembed.reporting.markdown import duration, score
 from jaxembed.reporting.record import RunRecord
+from jaxembed.reporting.time_spent import goodput_in_words, memory_in_words, time_in_words
+from jaxembed.storage import AnyPath
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
 PLACES = ("export", "report/README.md", "metrics.jsonl")  # in the work directory, shown where they are
 
 
-def summary(workdir: pathlib.Path) -> "RenderableType":
+def summary(workdir: AnyPath) -> "RenderableType":
     """Returns a few lines on a run, for `rich.console.Console.print`.
 
     Raises:
@@ -58,8 +60,14 @@ def _facts(history: History) -> list[tuple[str, str]]:
         return []
     loss = history.series["loss"].values
     pairs, tokens, waste = (history.typical(name) for name in ("pairs_per_s", "tokens_per_s", "padding_waste"))
-    return [
+    mfu = history.typical("mfu")
+    of_peak = "" if mfu is None else f", MFU {mfu:.1%}"
+    facts = [
         ("loss", f"{loss[0]:.4f} → {loss[-1]:.4f}"),
         ("steps", f"{history.last_step:,} in {duration(history.seconds())}"),
-        ("speed", f"{pairs:,.0f} pairs/s, {tokens:,.0f} tokens/s, {waste:.1%} padding"),
+        ("speed", f"{pairs:,.0f} pairs/s, {tokens:,.0f} tokens/s, {waste:.1%} padding{of_peak}"),
+        ("time", time_in_words(history)),
+        ("goodput", goodput_in_words(history)),
+        ("memory", memory_in_words(history)),
     ]
+    return [(name, value) for name, value in facts if value]

@@ -1,5 +1,6 @@
 """The token cache: its content, its key, and what happens when it is killed, raced, damaged or refused."""
 
+import concurrent.futures
 import errno
 import gzip
 import hashlib
@@ -383,6 +384,21 @@ def test_two_processes_at_once_both_end_well(start, tmp_path):
     assert [run.returncode for run in runs] == [0, 0], results
     assert results[0][0] == results[1][0] and results[0][0].startswith("20000 ")
     assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 1
+
+
+def test_one_of_several_builds_and_the_others_wait(source, tokenizer, tmp_path, monkeypatch):
+    fill, calls = cache_module.cache_writer.fill, []
+
+    def slow(*args):
+        calls.append(args)
+        time.sleep(0.2)
+        fill(*args)
+
+    monkeypatch.setattr(cache_module.cache_writer, "fill", slow)
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        caches = [pool.submit(build, source, tokenizer, tmp_path) for _ in range(3)]
+        assert len({cache.result().path for cache in caches}) == 1
+    assert len(calls) == 1
 
 
 def test_killed_build_leaves_nothing_that_is_taken_for_a_cache(start, tmp_path):

@@ -93,6 +93,8 @@ def test_the_hard_negatives_own_queries_lie_behind_the_documents():
     plan = Plan(caches, sources, **options, negative_queries=True)
     builder = BatchBuilder(plan, 4, 2, 32)
     batch, info = builder.build(3)
+    np.testing.assert_array_equal(info.lengths, plan.step(3).lengths_BxT)
+    assert info.lengths.sum() == info.real_tokens and (info.lengths == 0).any()
     assert batch.documents.pair.shape == (32, P + K)
     found = slots(batch, 4, 2, n_texts=T + K)
     assert info.real_tokens == sum(len(tokens) for _, tokens, _ in found.values())
@@ -169,6 +171,22 @@ def test_prefetch_is_in_order_and_ends(plan):
     expected, _ = builder.build(5)
     jax.tree.map(np.testing.assert_array_equal, batches[2][0], expected)
     assert list(prefetch(builder, 4, 4, buffer=2)) == []
+
+
+def test_batches_are_placed_where_they_are_made(plan):
+    """By the thread, so that the loop does not wait for their way to the devices."""
+    threads = []
+
+    def place(batch):
+        threads.append(threading.current_thread())
+        return dataclasses.replace(batch, rows=jax.device_put(batch.rows))
+
+    builder = BatchBuilder(plan, 1, 1, 32)
+    placed = [batch for batch, _ in prefetch(builder, 0, 3, buffer=2, place=place)]
+    assert len(threads) == 3 and threading.main_thread() not in threads
+    for n, batch in enumerate(placed):
+        assert isinstance(batch.rows.tokens, jax.Array)
+        np.testing.assert_array_equal(batch.rows.tokens, builder.build(n)[0].rows.tokens)
 
 
 def test_prefetch_lets_errors_through_and_closes(plan):

@@ -1,0 +1,223 @@
+"""Models without their weights: shapes of well-known checkpoints, from their public config.json.
+
+With them steps are compiled, and bytes and operations counted, without a download.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from jaxembed import model_source
+from jaxembed.config import AUTO, Config
+from jaxembed.config_check import TRAINED
+from jaxembed.data.tokenizer import Tokenizer
+from jaxembed.errors import UserError
+from jaxembed.hf.architectures import architecture, architecture_of
+from jaxembed.hf.hub import REPOSITORY
+from jaxembed.model_source import Blueprint
+from jaxembed.models.text_encoder import HeadConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What a plan has to know of a checkpoint.
+
+    Attributes:
+      model_type: of config.json.
+      fields: others of it.
+      head: how its folder makes a vector of token states.
+      max_length: the longest text that its folder takes.
+      attention: its own mode.
+    """
+
+    model_type: str
+    fields: Mapping[str, Any]
+    head: HeadConfig = dataclasses.field(default_factory=HeadConfig)
+    max_length: int = 512
+    attention: str = "native"
+
+
+# By the name on the hub.
+SHAPES: dict[str, Shape] = {
+    "sentence-transformers/all-MiniLM-L6-v2": Shape(
+        "bert",
+        {
+            "vocab_size": 30_522,
+            "hidden_size": 384,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 12,
+            "intermediate_size": 1536,
+            "max_position_embeddings": 512,
+        },
+        max_length=256,
+    ),
+    "Qwen/Qwen3-0.6B-Base": Shape(
+        "qwen3",
+        {
+            "vocab_size": 151_936,
+            "hidden_size": 1024,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "intermediate_size": 3072,
+            "max_position_embeddings": 32_768,
+            "rope_theta": 1_000_000.0,
+        },
+    ),
+    "mistralai/Mistral-7B-v0.1": Shape(
+        "mistral",
+        {
+            "vocab_size": 32_000,
+            "hidden_size": 4096,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "intermediate_size": 14_336,
+            "max_position_embeddings": 32_768,
+            "sliding_window": 4096,
+            "rope_theta": 10_000.0,
+        },
+    ),
+    "google/embeddinggemma-300m": Shape(
+        "gemma3_text",
+        {
+            "vocab_size": 262_144,
+            "hidden_size": 768,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "head_dim": 256,
+            "intermediate_size": 1152,
+            "max_position_embeddings": 2048,
+            "sliding_window": 512,
+            "query_pre_attn_scalar": 256,
+        },
+        HeadConfig(expansion=3072, projection=768),
+        attention="bidirectional",
+    ),
+    "answerdotai/ModernBERT-base": Shape(
+        "modernbert",
+        {
+            "vocab_size": 50_368,
+            "hidden_size": 768,
+            "num_hidden_layers": 22,
+            "num_attention_heads": 12,
+            "intermediate_size": 1152,
+            "max_position_embeddings": 8192,
+            "local_attention": 128,
+        },
+    ),
+    "google/t5-v1_1-base": Shape(
+        "t5",
+        {
+            "vocab_size": 32_128,
+            "d_model": 768,
+            "num_layers": 12,
+            "num_heads": 12,
+            "d_kv": 64,
+            "d_ff": 2048,
+            "feed_forward_proj": "gated-gelu",
+        },
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """Ids of a tokenizer that is not at hand."""
+
+    vocab_size: int
+    pad_id: int = 0
+    cls_id: int = 1
+    sep_id: int = 2
+    eos_id: int = 2
+
+
+def open_shape(init: str, config: Config) -> Blueprint:
+    """Returns a model of 'hf:…', 'run:…' or 'scratch' without weights, and mostly without its tokenizer.
+
+    Args:
+      init: config.model.init or config.teacher.init.
+      config: says what a model from scratch is like.
+
+    Raises:
+      UserError: it cannot be found.
+    """
+    kind, _, place = init.partition(":")
+    name, folder = place.partition("@")[0], pathlib.Path(place).expanduser()
+    if init == "scratch":
+        arch = architecture(config.model.arch)
+        hf_config = arch.fresh_hf_config(dict(config.model.shape), _tokens(config.tokenizer), "config.model.shape")
+        return _blueprint(hf_config, arch.config_from_hf(hf_config).max_length)
+    if kind == "run":
+        return Blueprint.load(pathlib.Path(name) / model_source.FOLDER)
+    if folder.is_dir():
+        if any(folder.rglob("*.safetensors")):
+            return model_source.open_folder(folder)[0]
+        return _blueprint(_read(folder / "config.json"), 512)
+    if shape := SHAPES.get(name):
+        arch = architecture(shape.model_type)
+        hf_config = arch.fresh_hf_config(shape.fields, Tokens(1), "shape")
+        hf_config = arch.with_attention(hf_config, (shape.attention,))
+        return dataclasses.replace(_blueprint(hf_config, shape.max_length), head=shape.head)
+    return _blueprint(_read(_fetched(place)), 512)
+
+
+def adapted(blueprint: Blueprint, config: Config) -> Blueprint:
+    """Returns the blueprint with what the config asks for, as `jaxembed.model_source` would make it of a folder."""
+    m, arch, head = config.model, blueprint.architecture, blueprint.head
+    hf_config = arch.with_rope_scaling(blueprint.hf_config, m.rope_scaling) if m.rope_scaling else blueprint.hf_config
+    hf_config = arch.with_attention(hf_config, m.attention_layers or (m.attention,))
+    latent = {"latents": m.latents, "latent_heads": m.latent_heads} if m.pooling == "latent" else {}
+    head = dataclasses.replace(
+        head,
+        pooling=head.pooling if m.pooling == AUTO else m.pooling,
+        pool_prompt=m.pool_prompt,
+        pool_layers=max(m.pool_layers, head.pool_layers),
+        projection=m.projection or head.projection,
+        normalize=m.normalize,
+        **latent,
+    )
+    said = config.data.max_length
+    usual = min(blueprint.max_length, dataclasses.replace(blueprint, hf_config=hf_config).longest)
+    longest = max(said.query or usual, said.document or usual)
+    return dataclasses.replace(blueprint, hf_config=hf_config, head=head, max_length=longest)
+
+
+def _blueprint(hf_config: dict[str, Any], max_length: int) -> Blueprint:
+    longest = architecture_of(hf_config).config_from_hf(hf_config).max_length
+    return Blueprint(hf_config, HeadConfig(), True, min(max_length, longest), {}, "", "cosine", 0, None, {})
+
+
+def _tokens(tokenizer: str) -> Any:
+    """Returns the ids of a tokenizer: as many as one that is yet to be trained will have, or those of a file."""
+    if tokenizer.startswith(TRAINED):
+        return Tokens(int(tokenizer.rpartition(":")[2]))
+    return Tokenizer.load(tokenizer)
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; a plan wants a model's config.json") from error
+
+
+def _fetched(place: str) -> pathlib.Path:
+    """Fetches config.json of a repository, and nothing else."""
+    from huggingface_hub import hf_hub_download
+
+    match = REPOSITORY.fullmatch(place)
+    if not match:
+        raise UserError(f"hf:{place}: no such folder, and not of the form ORG/NAME or ORG/NAME@REVISION")
+    try:
+        return pathlib.Path(hf_hub_download(match["name"], "config.json", revision=match["revision"]))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"hf:{place}: its config.json is not here, and the hub does not give it ({reason}); planned without one "
+            f"are {', '.join(SHAPES)}"
+        ) from error

@@ -1,0 +1,134 @@
+"""The formula of a model's operations against products counted in the traced model, for every architecture."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from jaxembed import sharding
+from jaxembed.config import MeshConfig
+from jaxembed.data.batch import Rows
+from jaxembed.hf.architectures import ARCHITECTURES
+from jaxembed.hf.peft import linear_layers
+from jaxembed.model_source import Blueprint
+from jaxembed.models.flops import StepFlops, pairs_seen
+from jaxembed.models.lora import Lora
+from jaxembed.models.options import ModelOptions
+from jaxembed.models.text_encoder import HeadConfig
+from jaxembed.planning.shapes import Tokens
+
+COMMON = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+T5 = {"d_model": 32, "num_layers": 2, "num_heads": 4, "d_kv": 6, "d_ff": 48}
+GROUPED = COMMON | {"num_key_value_heads": 2}
+SHAPES = {
+    "t5": T5,
+    "mt5": T5 | {"feed_forward_proj": "gated-gelu"},
+    "modernbert": COMMON | {"local_attention": 8},
+    **dict.fromkeys(("llama", "qwen2", "qwen3", "phi3", "gemma"), GROUPED),
+    **dict.fromkeys(("mistral", "gemma2"), GROUPED | {"sliding_window": 5}),
+    "gemma3_text": GROUPED | {"sliding_window": 6, "sliding_window_pattern": 2},
+}
+R, L = 3, 24  # rows, each full of one text
+
+
+@pytest.fixture(scope="module", autouse=True)
+def mesh():
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(1), jax.devices()[:1])) as mesh:
+        yield mesh
+
+
+def blueprint_of(name: str, head: HeadConfig, mode: str = "native") -> Blueprint:
+    arch = ARCHITECTURES[name]
+    hf_config = arch.fresh_hf_config(SHAPES.get(name, COMMON), Tokens(100, pad_id=int(name == "mpnet")), "shape")
+    hf_config = arch.with_attention(hf_config, (mode,))
+    return Blueprint(hf_config, head, True, L, {}, "", "cosine", 0, None, {})
+
+
+def traced_products(factory, slots: int) -> int:
+    """Operations of all products in the traced model, of full rows of one text each."""
+    place = np.tile(np.arange(L, dtype=np.int32), (R, 1))
+    text = np.repeat(np.arange(R, dtype=np.int32)[:, None], L, axis=1)
+    arrays = np.ones((R, L), np.int32), text + 1, place, text, np.zeros((R, L), bool)
+    rows = Rows(*(sharding.put(array, jax.sharding.get_mesh(), sharding.ROWS) for array in arrays))
+    encode = jax.make_jaxpr(lambda params: factory.bind(params)(rows, slots))
+    return products_in(encode(factory.abstract()).jaxpr)
+
+
+def products_in(jaxpr) -> int:
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            left = eqn.invars[0].aval.shape
+            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    total += products_in(inner) * eqn.params.get("length", 1)
+    return total
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_products_of_every_architecture(name):
+    blueprint = blueprint_of(name, HeadConfig(expansion=40, projection=24))
+    factory = blueprint.factory(ModelOptions(attention_kernel="xla"))
+    flops = StepFlops.of(blueprint, factory)
+    everything = dataclasses.replace(flops, layers=(((False, 0), blueprint.backbone.layers),))
+    assert everything.forward(np.full(R, L)) == traced_products(factory, R)
+    assert everything.training(np.full((R, 1), L)) == 3 * everything.forward(np.full(R, L))
+
+
+def test_latent_attention():
+    blueprint = blueprint_of("bert", HeadConfig(pooling="latent", latents=5, latent_heads=2))
+    factory = blueprint.factory(ModelOptions())
+    once = 2 * 2 * 5 * 32 * 32  # keys and values of the latents, made once for all tokens
+    assert StepFlops.of(blueprint, factory).forward(np.full(R, L)) + once == traced_products(factory, R)
+
+
+def test_adapters_train_and_their_base_does_not():
+    blueprint = blueprint_of("llama", HeadConfig(), "bidirectional")
+    targets = linear_layers(blueprint.architecture.rows(blueprint.backbone), "", "targets")
+    lora = Lora(4, 1.0, 0.0, targets)
+    factory = blueprint.factory(ModelOptions(), lora=lora)
+    flops, plain = StepFlops.of(blueprint, factory, lora), StepFlops.of(blueprint, blueprint.factory(ModelOptions()))
+    lengths = np.full(R, L)
+    assert flops.forward(lengths) == traced_products(factory, R)
+    of_adapters = flops.forward(lengths) - plain.forward(lengths)
+    of_attention = plain._attention(lengths)
+    base = plain.forward(lengths) - of_attention
+    assert flops.training(lengths) == 2 * base + 3 * of_adapters + 3 * of_attention
+
+
+@pytest.mark.parametrize("reach", [0, 1, 4, 30])
+@pytest.mark.parametrize("causal", [False, True])
+def test_pairs_that_see_each_other(causal, reach):
+    def by_definition(n: int) -> int:
+        pairs = ((i, j) for i in range(n) for j in range(n))
+        return sum((not causal or j <= i) and (not reach or abs(i - j) <= reach) for i, j in pairs)
+
+    lengths = np.arange(20)
+    assert pairs_seen(lengths.astype(float), causal, reach).tolist() == [by_definition(n) for n in lengths]
+
+
+def test_what_layers_see():
+    def seen(name: str, mode: str = "native") -> dict[tuple[bool, int], int]:
+        blueprint = blueprint_of(name, HeadConfig(), mode)
+        return dict(StepFlops.of(blueprint, blueprint.factory(ModelOptions())).layers)
+
+    assert seen("bert") == {(False, 0): 3}
+    assert seen("qwen3") == {(True, 0): 3}
+    assert seen("qwen3", "bidirectional") == {(False, 0): 3}
+    assert seen("mistral") == {(True, 4): 3}  # a window of 5 is the token itself and 4 before it
+    assert seen("gemma3_text") == {(True, 5): 2, (True, 0): 1}
+    assert seen("modernbert") == {(False, 0): 1, (False, 4): 2}  # 8 // 2 on either side
+
+
+def test_empty_slots_and_texts_of_any_shape_count_alike():
+    blueprint = blueprint_of("qwen3", HeadConfig(projection=16))
+    flops = StepFlops.of(blueprint, blueprint.factory(ModelOptions()))
+    some = np.array([3, 7, 1, 24])
+    assert flops.training(np.array([[3, 0, 7], [0, 1, 24]])) == flops.training(some)
+    assert flops.training(some) == pytest.approx(sum(flops.training(np.array([n])) for n in some))
