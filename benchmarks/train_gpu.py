@@ -26,8 +26,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.real_shapes import SHAPES
-
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # each engine's peak is its own
 PEAK = 989e12
 TINY = {
@@ -47,6 +45,7 @@ LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 def our_config(arguments: argparse.Namespace, scratch: str, init: str) -> Any:
     """Returns our config: 'scratch' makes the model that both train, 'hf:FOLDER' trains it."""
     from jaxembed import config as config_lib
+    from jaxembed.planning.shapes import SHAPES
 
     c = config_lib.default_config()
     c.steps, c.batch_size, c.grad_cache = arguments.steps + WARM_UP, arguments.batch, CHUNKS
@@ -57,7 +56,7 @@ def our_config(arguments: argparse.Namespace, scratch: str, init: str) -> Any:
     c.model.init, c.model.pooling = init, "mean"
     if init == "scratch":
         c.model.arch, c.tokenizer = "qwen3", "train:bpe:8192"
-        c.model.shape = TINY if arguments.tiny else SHAPES["qwen3_0p6b"][1]
+        c.model.shape = TINY if arguments.tiny else dict(SHAPES["Qwen/Qwen3-0.6B-Base"].fields)
     c.model.attention = "bidirectional"
     if not arguments.tiny:
         c.model.dtype = "bfloat16"
@@ -103,29 +102,27 @@ def product_rate(pipe: Connection, arguments: argparse.Namespace, scratch: str) 
 def ours(pipe: Connection, arguments: argparse.Namespace, scratch: str, lora: bool) -> None:
     """Trains with jaxembed and sends its figures."""
     import jax
-    import numpy as np
 
     from benchmarks.our_trainer import OurTrainer
     from jaxembed import config as config_lib
-    from jaxembed.models.flops import attention_flops, linear_flops_per_token, training_flops
+    from jaxembed.models.flops import StepFlops
 
     c = our_config(arguments, scratch, f"hf:{scratch}/model")
     if lora:
         c.model.lora.update(LORA)
-    trainer = OurTrainer(config_lib.load(c), pathlib.Path(scratch))
+    config = config_lib.load(c)
+    trainer = OurTrainer(config, pathlib.Path(scratch))
     trainer.compile()
     seconds, tokens, operations = [], [], []
     with jax.set_mesh(trainer.mesh):
-        linear = linear_flops_per_token(trainer.factory.abstract())
-    shape = trainer.blueprint.backbone
+        flops = StepFlops.of(trainer.blueprint, trainer.factory, trainer.blueprint.lora(config.model.lora))
     for step in range(arguments.steps + WARM_UP):
-        lengths = trainer.data.plan.step(step).lengths_BxT.reshape(-1)
+        lengths = trainer.data.plan.step(step).lengths_BxT
         begun = time.perf_counter()
         info = trainer.step()
         seconds.append(time.perf_counter() - begun)
         tokens.append(info.real_tokens)
-        scores = attention_flops(shape.layers, shape.heads, shape.head_width, np.asarray(lengths).tolist())
-        operations.append(training_flops(linear * info.real_tokens, scores, frozen=lora))
+        operations.append(flops.training(lengths))
     rates = [n / s for n, s in zip(tokens, seconds)][WARM_UP:]
     done = [n / s for n, s in zip(operations, seconds)][WARM_UP:]
     stats = jax.devices()[0].memory_stats() or {}

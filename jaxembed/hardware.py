@@ -57,9 +57,9 @@ def _gpu(
 
 CHIPS: tuple[Chip, ...] = (
     # Rates, memory and links: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e, tpu7x); a link's rate in one direction:
-    # jax-ml.github.io/scaling-book/tpus. Memory of v5e and v5p is what XLA's compiler leaves to programs (it names the
-    # sum where one does not fit); of the others the data sheet's. An axis of v5e and v6e closes at 16 chips, of v4, v5p
-    # and tpu7x at multiples of 4. A chip of tpu7x is two devices.
+    # jax-ml.github.io/scaling-book/tpus. Memory of v5e, v5p and v6e is what XLA's compiler leaves to programs (it
+    # names the sum where one does not fit); of the others the data sheet's. An axis of v5e and v6e closes at 16 chips,
+    # of v4, v5p and tpu7x at multiples of 4. A chip of tpu7x is two devices.
     _tpu("v4", ("TPU v4",), 32 * 2**30, 275e12, 1.228e12, 45e9, 3, 4),
     _tpu("v5e", ("TPU v5 lite", "TPU v5e"), 15.75 * 2**30, 197e12, 0.819e12, 45e9, 2, 16),
     _tpu("v5p", ("TPU v5", "TPU v5p"), 95.74 * 2**30, 459e12, 2.765e12, 90e9, 3, 4),

@@ -3,7 +3,7 @@
     python -m jaxembed.plan --config=configs/qwen3_0p6b.py:v5e-16 --topology=v5e:4x4
 
 Compiles the real train step ahead of time, and prints what a chip holds, what travels, and an estimate of a step's
-time with all that it assumes; one JSON line last. --topology is a TPU slice (v5e:16x16, v5p:4x4x4, v6e:4x4, v4, tpu7x),
+time with all that it assumes; one JSON line last. --topology is a TPU slice (v5e:16x16, v5p:4x4x4, v6e:4x4, tpu7x:2x2x1),
 GPUs (a100:1, h100:8, h200:16, b200:8) or virtual devices of this machine (cpu:8), which need nothing but jax; for TPUs
 and GPUs: pip install -r requirements-aot.txt. No weights are read, and of the best-known models nothing is fetched.
 
@@ -27,6 +27,9 @@ from jaxembed.train import _config_dict, source_of
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
     "TF_CPP_MIN_LOG_LEVEL": "3",

@@ -122,13 +122,13 @@ def test_stages_are_runs_one_after_the_other(folder, stages, unbroken):
 def test_a_run_goes_on_inside_any_stage(folder, stages, unbroken, killed_at, monkeypatch):
     """In the middle of a stage, at its end, and between two checkpoints."""
     workdir = folder / f"killed{killed_at}"
-    step = Loop._step
+    take_step = Loop._step
 
-    def dying_step(self, state, batches):
-        if self.stage.first + int(state.step) == killed_at:
+    def dying_step(self, state, step, batches):
+        if step == killed_at:
             self.run_.checkpoints.wait()  # a process that is really killed does not write on beside the next one
             raise KeyboardInterrupt
-        return step(self, state, batches)
+        return take_step(self, state, step, batches)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Loop, "_step", dying_step)

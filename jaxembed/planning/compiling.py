@@ -167,7 +167,7 @@ def compile_step(model: Model, load: Load) -> Compiled:
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            used, missing = _of_message(str(error))
+            used, missing = _of_message(str(error), sum(held.values()))
             return Compiled(held, used, missing, "", time.perf_counter() - begun)
     found = compiled.memory_analysis()
     other = found.output_size_in_bytes - found.alias_size_in_bytes + found.generated_code_size_in_bytes
@@ -206,17 +206,29 @@ def _shard_bytes(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
-def _of_message(message: str) -> tuple[int, int]:
-    """Returns bytes used and bytes missing, as XLA's compiler for TPUs says them of what does not fit.
+_SIZE = r"([\d.]+)([KMGT]?)"
+_TOO_LARGE = (  # as XLA's compiler for TPUs says it: what is used, and what is missing or what there is
+    rf"Used {_SIZE} of {_SIZE} hbm",
+    rf"total memory required for HLO temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)",
+)
+
+
+def _of_message(message: str, held: int) -> tuple[int, int]:
+    """Returns bytes used and bytes missing, as the compiler says them of what does not fit.
+
+    Args:
+      message: its words.
+      held: bytes that are there before the step's temporaries, about which one of the forms is.
 
     Raises:
       UserError: it says something else.
     """
-    units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    said = re.search(
-        r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm\. Exceeded hbm capacity by ([\d.]+)([KMGT]?)", message
-    )
-    if not said:
-        raise UserError(f"the step does not compile: {' '.join(message.split())[:300]}")
-    used, unit, missing, missing_unit = said.groups()
-    return int(float(used) * units[unit]), int(float(missing) * units[missing_unit])
+    for form, before in zip(_TOO_LARGE, (0, held)):
+        if said := re.search(form, message):
+            used, there = _bytes(said[1], said[2]) + before, _bytes(said[3], said[4])
+            return used, used - there
+    raise UserError(f"the step does not compile: {' '.join(message.split())[:300]}")
+
+
+def _bytes(number: str, unit: str) -> int:
+    return int(float(number) * 2 ** (10 * " KMGT".index(unit or " ")))

@@ -66,10 +66,15 @@ def test_the_tpu_compilers_word_on_memory():
         "RESOURCE_EXHAUSTED: CompileTimeHbmOom: Ran out of memory in memory space hbm. "
         "Used 48.97G of 15.75G hbm. Exceeded hbm capacity by 33.22G."
     )
-    used, missing = _of_message(said)
-    assert (used, missing) == (int(48.97 * 2**30), int(33.22 * 2**30))
+    used, missing = _of_message(said, 99)
+    assert used == int(48.97 * 2**30)
+    assert missing == pytest.approx(33.22 * 2**30)
+    said = "the total memory required for HLO temporaries (5.59T) exceeds available HBM (15.75G)."
+    used, missing = _of_message(said, 1000)
+    assert used == int(5.59 * 2**40) + 1000
+    assert missing == used - 15.75 * 2**30
     with pytest.raises(UserError, match="the step does not compile: INTERNAL"):
-        _of_message("INTERNAL: something else")
+        _of_message("INTERNAL: something else", 0)
 
 
 def test_every_stage_is_planned_and_no_data_are_looked_for():
@@ -86,4 +91,4 @@ def test_wrong_flags_answer_at_once():
 
     config = "--config=configs/quickstart.py:tiny"
     assert run(config) == "error: --topology is missing: name chips, such as v5e:4x4, h200:1 or cpu:1"
-    assert run(config, "--topology=v9:1").startswith("error: --topology=v9:1: 'v9' is not one of v4, v5e")
+    assert run(config, "--topology=v9:1").startswith("error: --topology=v9:1: 'v9' is not one of v5e, v5p")
