@@ -30,6 +30,7 @@ ALIVE, FAILED, SAID = (f"jaxembed/{name}/" for name in ("alive", "failed", "said
 BEAT = 1.0  # seconds between two signs of life
 LONG = 7 * 24 * 3600  # seconds, for what takes as long as it takes; a lost process ends the wait
 LEAVE = 3 * BEAT  # seconds that others have to read why one leaves
+NATIVE_TIMEOUTS = ("initialization_timeout", "heartbeat_timeout_seconds", "shutdown_timeout_seconds")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
 
@@ -110,9 +111,8 @@ def connect() -> "Peers":
     try:
         jax.distributed.initialize(
             **explicit,
-            initialization_timeout=start.timeout + 60,  # native code ends the process without a word that helps
-            heartbeat_timeout_seconds=start.timeout,
-            shutdown_timeout_seconds=start.timeout + 60,
+            # Later than ours: native code ends the process without a word that helps.
+            **dict.fromkeys(NATIVE_TIMEOUTS, start.timeout + 60),
         )
     except (ValueError, RuntimeError, OSError) as error:
         said = " ".join(str(error).split())

@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """How a process has ended: its exit code, standard output, and standard error without gloo's greetings."""
+    """How a process has ended: its exit code, standard output and standard error, without gloo's greetings."""
 
     code: int
     out: str
@@ -62,6 +62,6 @@ def finish(started: Sequence[subprocess.Popen], seconds: float = 240) -> list[En
         except subprocess.TimeoutExpired:
             process.kill()
             out, err = process.communicate()
-        err = "\n".join(line for line in err.splitlines() if "[Gloo]" not in line)
-        ended.append(Ended(process.returncode, out, err))
+        said = ("\n".join(line for line in text.splitlines() if "[Gloo]" not in line) for text in (out, err))
+        ended.append(Ended(process.returncode, *said))
     return ended

@@ -67,6 +67,13 @@ class Launched:
             assert time.monotonic() < until, self.log.read_text()[-3000:]
             time.sleep(0.002)
 
+    def wait_for_start(self, number: int, seconds: float = 120) -> None:
+        """Waits until the launcher has started all processes for that time."""
+        until = time.monotonic() + seconds
+        while self.log.read_text().count(f"JAXEMBED_PROCESS={PROCESSES - 1}") < number:
+            assert self.process.poll() is None and time.monotonic() < until, self.log.read_text()[-3000:]
+            time.sleep(0.02)
+
     def send(self, rng: random.Random, number: int) -> bool:
         """Sends a signal to one of the run's processes; returns whether there was one."""
         victims = self.children()

@@ -3,14 +3,16 @@
 import dataclasses
 import json
 import pathlib
+import random
 import shutil
+import signal
 import time
 
 import numpy as np
 import pytest
 from pod import finish, start
 from safetensors.numpy import load_file
-from survivors import assert_same_run, killed, plain_pairs, stopped, unbroken, write_config
+from survivors import Launched, assert_same_run, newest, plain_pairs, unbroken, write_config
 from tiny_run import sentence, tiny_config, write_lines
 
 from jaxembed import config as config_lib
@@ -198,14 +200,23 @@ def test_a_killed_process_ends_the_others(folder, command):
 
 
 def test_killed_and_told_to_stop_under_a_launcher(folder, config):
-    """Twice and once; `make test-survival` does so ten times each."""
-    own = folder / "survival"
+    """Once each; `make test-survival` does so ten times."""
+    own, rng, steps = folder / "survival", random.Random(3), 40
     own.mkdir()
-    short = dataclasses.replace(config, steps=40, checkpoint=dataclasses.replace(config.checkpoint, every=4))
-    short = dataclasses.replace(short, mesh=MeshConfig(fsdp=2), eval=EvalConfig())
-    file = write_config(own, short)
-    whole = unbroken(own, file)
-    workdir, hits = killed(own, file, 2, 40, seed=3)
-    assert hits == 2
-    assert_same_run(workdir, whole)
-    assert_same_run(stopped(own, file, 1, 40, seed=4), whole)
+    checkpoints = dataclasses.replace(config.checkpoint, every=4)
+    short = dataclasses.replace(
+        config, steps=steps, checkpoint=checkpoints, mesh=MeshConfig(fsdp=2), eval=EvalConfig(), export=True
+    )
+    file, workdir = write_config(own, short), own / "disturbed"
+    launched = Launched(file, workdir, restarts=1)
+    launched.wait_for(6)
+    assert launched.send(rng, signal.SIGKILL)
+    launched.wait_for_start(2)
+    going_on = newest(workdir)
+    launched.wait_for(going_on + 9)
+    assert launched.send(rng, signal.SIGTERM)
+    assert launched.process.wait(120) == 0, launched.log.read_text()[-3000:]
+    assert going_on >= 4 and newest(workdir) == launched.steps() < steps  # told to stop, it loses no step
+    launched = Launched(file, workdir, restarts=0)
+    assert launched.process.wait(300) == 0, launched.log.read_text()[-3000:]
+    assert_same_run(workdir, unbroken(own, file))

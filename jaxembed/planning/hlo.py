@@ -205,7 +205,7 @@ class Program:
         if line.opcode not in ("dot", "convolution", "custom-call"):
             return _NO_PRODUCT
         arrays = [array for name in line.operands if name in lines for array in lines[name].arrays]
-        if line.opcode == "custom-call" and "gemm" not in line.rest and "matmul" not in line.rest:
+        if line.opcode == "custom-call" and not re.search(r'custom_call_target="[^"]*(gemm|matmul)', line.rest):
             return self._kernel(line, arrays)
         left, right, out = arrays[0], arrays[1], line.arrays[0]
         batch = _batch(line, left, right, out)
@@ -214,7 +214,8 @@ class Program:
 
     def _kernel(self, line: Instruction, arrays: Sequence[Array]) -> tuple[float, str, bool]:
         states = [a for a in arrays if len(a.shape) >= 3 and self.row_length in a.shape]
-        products = next((n for word, n in _KERNEL_PRODUCTS if word in line.name + line.rest), 0)
+        called = line.name + "".join(re.findall(r'op_name="([^"]*)"', line.rest))
+        products = next((n for word, n in _KERNEL_PRODUCTS if word in called), 0)
         if not states or not products:
             return _NO_PRODUCT
         return 2.0 * products * states[0].size * self.row_length, states[0].dtype, True
@@ -335,7 +336,7 @@ def _bytes(line: Instruction, lines: dict[str, Instruction]) -> int:
 
 def _read(name: str, user: Instruction, inner: dict[str, Instruction]) -> int:
     """Returns how many bytes of a fusion's parameter one of its users reads."""
-    if user.opcode in ("dynamic-slice", "gather") and user.operands[0] == name:
+    if user.opcode in ("dynamic-slice", "gather", "slice") and user.operands[0] == name:
         return user.arrays[0].bytes
     if user.opcode == "dynamic-update-slice" and user.operands[0] == name:
         return 0  # written in place; the update counts as the fusion's output

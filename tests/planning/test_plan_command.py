@@ -10,6 +10,8 @@ import pytest
 from rich.console import Console
 
 from configs import quickstart, weak_then_hard
+from jaxembed import model_source
+from jaxembed.data.batch import PairShape
 from jaxembed.errors import UserError
 from jaxembed.plan import planned_config
 from jaxembed.planning import planner, report
@@ -80,6 +82,24 @@ def test_the_tpu_compilers_word_on_memory():
 def test_every_stage_is_planned_and_no_data_are_looked_for():
     config = planned_config(weak_then_hard.get_config("tiny").to_dict(), [])
     assert [stage["data"]["train"][0]["path"] for stage in config.stages] == ["pairs.jsonl"] * 2
+
+
+def test_lengths_of_texts_at_hand(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    lines = [{"query": f"word {i}", "positive": "some more words " * (1 + i % 3)} for i in range(64)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = quickstart.get_config("tiny").to_dict()
+    asked["data"]["cache_dir"] = str(tmp_path / "cache")
+    config = planned_config(asked, [str(file)])
+    mesh = parse("cpu:8").mesh(config.mesh)
+    blueprint, _ = model_source.open_source(config, tmp_path)
+    longest, usual = planner._loads(config, mesh, blueprint)
+    assert longest.pair == usual.pair == PairShape(1, 0)  # these records have one positive, and no negatives
+    assert longest.lengths.size == usual.lengths.size == 2 * config.batch_size
+    assert longest.lengths.sum() > usual.lengths.sum() > 0
+    assert longest.rows > usual.rows
+    assert longest.rows * longest.length >= longest.lengths.sum()
+    assert usual.name.startswith("usual (")
 
 
 def test_wrong_flags_answer_at_once():
