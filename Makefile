@@ -1,15 +1,16 @@
 # make quickstart  set up .venv and train a small code-search model, in minutes       make test   set up .venv, run all tests
 # make bench       the benchmarks (minutes each)                                      make lint   ruff
 # make test-aot    set up .venv-aot (2 GB) and compile the loss and every config's step for the TPUs and GPUs it names, without any
+# make test-survival   kill a run of two processes ten times, and tell it to stop ten times (8 minutes)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 export HF_HUB_OFFLINE ?= 1
 # Tests and benchmarks are about the CPU unless told otherwise; the quickstart takes whatever device jax finds.
-test bench: export JAX_PLATFORMS ?= cpu
+test test-survival bench: export JAX_PLATFORMS ?= cpu
 
-.PHONY: quickstart setup test test-aot lint format docs bench clean
+.PHONY: quickstart setup setup-aot test test-aot test-survival lint format docs bench clean
 
 quickstart: $(VENV)/.training
 	$(BIN)/python -m jaxembed.train --config=configs/quickstart.py --workdir=$(RUN)
@@ -36,7 +37,12 @@ $(VENV)/.installed: $(VENV)/.training requirements-test.txt
 test: setup lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-aot: $(VENV)-aot/.installed
+test-survival: setup
+	$(BIN)/python -m pytest tests/survival
+
+setup-aot: $(VENV)-aot/.installed
+
+test-aot: setup-aot
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=true $(VENV)-aot/bin/python -m pytest tests/aot
 
 $(VENV)-aot/.installed: requirements-aot.txt constraints.txt
