@@ -1,6 +1,6 @@
 # make quickstart  set up .venv and train a small code-search model, in minutes       make test   set up .venv, run all tests
 # make bench       the benchmarks (minutes each)                                      make lint   ruff
-# make test-aot    set up .venv-aot (2 GB) and compile the loss and every config's step for the TPUs and GPUs it names, without any
+# make test-aot    set up .venv-aot (2 GB) and compile every config's step for the TPUs and GPUs that it names, without any
 # make test-survival   kill a run of two processes ten times, and tell it to stop ten times (8 minutes)
 PYTHON ?= python3
 VENV := .venv
@@ -43,7 +43,7 @@ test-survival: setup
 setup-aot: $(VENV)-aot/.installed
 
 test-aot: setup-aot
-	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=true $(VENV)-aot/bin/python -m pytest tests/aot
+	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(VENV)-aot/bin/python -m pytest tests/aot
 
 $(VENV)-aot/.installed: requirements-aot.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)-aot

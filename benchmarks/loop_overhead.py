@@ -123,8 +123,8 @@ def lines_of(
         factory = blueprint.factory(model_source.options(config.model), config.seed)
         writer = MetricsWriter(workdir, None, True, open_loggers(config, workdir, None))
         progress = Progress(config.steps)
-        observer = Observer(workdir, {}, config.steps, range(0), config.stall_seconds, progress.say)
-        with writer, progress, observer, StopSignal() as stop:
+        observer = Observer(workdir, config.stall_seconds)
+        with writer, progress, observer, observer.begin({}, range(0), progress.say), StopSignal() as stop:
             tasks = Tasks.read(config.eval, "")
             run = loop.Run(workdir, mesh, blueprint, None, {}, tasks, NoCheckpoints(), writer, progress, stop, observer)
             place = lambda batch: data.to_device(batch, mesh)  # noqa: E731

@@ -15,6 +15,7 @@ import os
 import pathlib
 import random
 import statistics
+import sys
 import tempfile
 import time
 from multiprocessing.connection import Connection
@@ -79,7 +80,7 @@ def run_case(pipe: Connection, name: str, rounds: int, scratch: str) -> None:
     config = config_lib.load(c)
     planned = plan(config, parse("cpu:1"), read_data=True).planned[-1]
     trainer = OurTrainer(config, pathlib.Path(scratch))
-    trainer.compile()
+    trainer.compile(steps=4)
     with jax.set_mesh(trainer.mesh):
         flops = StepFlops.of(trainer.blueprint, trainer.factory)
     seconds, estimates = [], []
@@ -123,6 +124,7 @@ def main() -> None:
             if arguments.only in name:
                 found = in_process(name, arguments.rounds, scratch)
                 ratios[name] = ratio = found["estimate"] / found["measured"]
+                print(f"{name}: {found}", file=sys.stderr, flush=True)
                 table.add_row(name, f"{found['estimate']:.3f}", f"{found['measured']:.3f}", f"{ratio:.2f}")
     Console(width=120).print(table)
     worst = max(max(ratio, 1 / ratio) for ratio in ratios.values())

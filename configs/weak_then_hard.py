@@ -21,7 +21,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """Returns the config; `arg` is '' or 'tiny'."""
     c = default_config()
     c.batch_size = 1024
-    c.grad_cache = 4
+    c.grad_cache = 8
     c.model.init = "hf:sentence-transformers/all-MiniLM-L6-v2"
     c.loss.temperature = 0.02
     c.optimizer.learning_rate = 1e-4

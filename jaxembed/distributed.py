@@ -22,6 +22,7 @@ from typing import Any
 from jaxembed.config import Config, to_json
 from jaxembed.errors import ProcessLost, UserError, exit_code
 from jaxembed.run_folder import differences
+from jaxembed.storage import AnyPath
 
 START, COORDINATOR, PROCESSES, PROCESS, TIMEOUT = (
     f"JAXEMBED_{name}" for name in ("START", "COORDINATOR", "PROCESSES", "PROCESS", "TIMEOUT")
@@ -31,6 +32,8 @@ BEAT = 1.0  # seconds between two signs of life
 LONG = 7 * 24 * 3600  # seconds, for what takes as long as it takes; a lost process ends the wait
 LEAVE = 3 * BEAT  # seconds that others have to read why one leaves
 NATIVE_TIMEOUTS = ("initialization_timeout", "heartbeat_timeout_seconds", "shutdown_timeout_seconds")
+# In the message of a collective that failed, whichever error it comes as.
+COLLECTIVE_WORDS = ("Gloo", "NCCL", "UNKNOWN:", "UNAVAILABLE:", "INTERNAL:", "ABORTED:", "DEADLINE_EXCEEDED:")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
 
@@ -103,22 +106,24 @@ def connect() -> "Peers":
         return Peers()
     import jax
 
-    explicit = {} if start.auto else {"coordinator_address": start.coordinator}
-    explicit |= {} if start.auto else {"num_processes": start.processes, "process_id": start.process}
+    said: dict[str, Any] = {}
+    if not start.auto:
+        said = {"coordinator_address": start.coordinator, "num_processes": start.processes, "process_id": start.process}
+        said["cluster_detection_method"] = "deactivate"  # which would say what devices are this process's
     impatience = threading.Timer(start.timeout, _end, (_nobody_came(start), ProcessLost.code))
     impatience.daemon = True
     impatience.start()
     try:
         jax.distributed.initialize(
-            **explicit,
+            **said,
             # Later than ours: native code ends the process without a word that helps.
             **dict.fromkeys(NATIVE_TIMEOUTS, start.timeout + 60),
         )
     except (ValueError, RuntimeError, OSError) as error:
-        said = " ".join(str(error).split())
+        why = " ".join(str(error).split())
         if start.auto:
-            said = f"{START}=auto: the platform does not say which processes there are ({said})"
-        raise UserError(f"{said}; see docs/launch.md") from error
+            why = f"{START}=auto: the platform does not say which processes there are ({why})"
+        raise UserError(f"{why}; see docs/launch.md") from error
     finally:
         impatience.cancel()
     from jax._src.distributed import global_state  # the only way to its key-value store
@@ -175,21 +180,43 @@ class Peers:
             self._leaving.set()
             self._watch.join()
             return
-        import jax
-
-        code, message = exit_code(error), " ".join(str(error).split())
-        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in message:
-            code = ProcessLost.code
-            message = f"a computation failed, most likely because another process was lost: {message[:300]}"
-        elif isinstance(error, SystemExit) and not error.code:
+        if isinstance(error, SystemExit) and not error.code:
             return
+        code, message = exit_code(error), " ".join(str(error).split())[:500]
+        if code is None and _is_of_others(error):
+            news = self._news()
+            if news:
+                _end(*news)
+            code = ProcessLost.code
+            message = f"a computation failed, most likely because another process was lost: {message}"
         elif code is None:
             sys.excepthook(kind, error, trace)
-            code, message = 1, f"{kind.__name__}: {message[:300]}"
-        self._leaving.set()
+            code, message = 1, f"{kind.__name__}: {message}"
         self._say(FAILED, {"code": code, "message": message})
-        time.sleep(LEAVE * self.main)  # with process 0 goes what the others read
+        time.sleep(LEAVE)  # with this process's connections goes what the others might still read
+        self._leaving.set()
         _end(f"process {self.index} of {self.count}: {message}", code)
+
+    def _news(self) -> tuple[str, int] | None:
+        """Returns what another process says of its failure, the message and the code, if it does so soon."""
+        until = time.monotonic() + LEAVE
+        while time.monotonic() < until:
+            try:
+                failed = self._failed()
+            except Exception:  # process 0 is gone, and with it what was said
+                return None
+            if failed:
+                return failed
+            time.sleep(BEAT / 5)
+        return None
+
+    def _failed(self) -> tuple[str, int] | None:
+        """Returns message and code of the process that has failed first of all: not merely since another was lost."""
+        failed = self._read(FAILED)
+        if not failed:
+            return None
+        who, said = min(failed.items(), key=lambda item: (item[1]["code"] == ProcessLost.code, item[0]))
+        return f"process {who} of {self.count}: {said['message']}", said["code"]
 
     def require_same(self, what: str, value: Any) -> None:
         """Makes sure that all processes have the same, and waits for all of them.
@@ -204,7 +231,7 @@ class Peers:
         if self.count == 1:
             return
         value = json.loads(json.dumps(value))
-        where = f"{SAID}{self._asked}/"
+        where = self._place(SAID)
         self._say(where, value)
         if not self.main:
             first = json.loads(self._client.blocking_key_value_get(f"{where}0", LONG * 1000))
@@ -216,11 +243,23 @@ class Peers:
                 )
         self.wait()
 
+    def of_main(self, value: Any) -> Any:
+        """Returns the value that process 0 gives, one that JSON knows; waits for it."""
+        if self.count == 1:
+            return value
+        where = self._place(SAID)
+        if self.main:
+            self._say(where, value)
+        return json.loads(self._client.blocking_key_value_get(f"{where}0", LONG * 1000))
+
     def wait(self) -> None:
         """Waits for all processes, as long as it takes; a lost one ends the wait."""
-        self._asked += 1
         if self.count > 1:
-            self._client.wait_at_barrier(f"jaxembed/{self._asked}", LONG * 1000)
+            self._client.wait_at_barrier(self._place("jaxembed/barrier/"), LONG * 1000)
+
+    def _place(self, prefix: str) -> str:
+        self._asked += 1
+        return f"{prefix}{self._asked}/"
 
     def _say(self, where: str, value: Any) -> None:
         self._client.key_value_set(f"{where}{self.index}", json.dumps(value), allow_overwrite=True)
@@ -231,28 +270,35 @@ class Peers:
     def _keep_watch(self) -> None:
         """Says that this process is alive; ends it where another has failed, or process 0 is gone."""
         beats, heard = 0, dict.fromkeys(range(1, self.count), (0, time.monotonic()))
+        lost = (
+            f"process {self.index} of {self.count}: process 0, where all meet, is gone: it was killed, or its machine"
+        )
         while True:
             left = self._leaving.wait(BEAT)
             beats += 1
+            # A machine that hangs, or its network, does not answer at all.
+            hanging = threading.Timer(self._silence, _end, (f"{lost} does not answer", ProcessLost.code))
+            hanging.daemon = True
+            hanging.start()
             try:
                 self._say(ALIVE, "left" if left else beats)
-                failed = self._read(FAILED)
+                failed = self._failed()
                 if self.main and not failed:
                     failed = self._silent(heard)
-            except Exception as error:  # whatever the client raises when process 0 is gone
-                lost = "process 0, which the others meet at, is gone: it was killed, or its machine was"
+            except Exception as error:  # whatever the client raises then
                 if not left:
-                    _end(f"process {self.index} of {self.count}: {lost} ({str(error)[:100]})", ProcessLost.code)
+                    _end(f"{lost} was ({str(error)[:100]})", ProcessLost.code)
                 return
+            finally:
+                hanging.cancel()
             if left:
                 return
             if failed:
-                who, said = min(failed.items())
-                time.sleep(LEAVE * self.main)
-                _end(f"process {who} of {self.count}: {said['message']}", said["code"])
+                time.sleep(LEAVE * self.main)  # with process 0 goes what the others read
+                _end(*failed)
 
-    def _silent(self, heard: dict[int, tuple[Any, float]]) -> dict[int, Any]:
-        """Returns the failure of a process that has been silent for too long, after telling the others."""
+    def _silent(self, heard: dict[int, tuple[Any, float]]) -> tuple[str, int] | None:
+        """Returns message and code of a process that has been silent for too long, after telling the others."""
         now, alive = time.monotonic(), self._read(ALIVE)
         for process, (before, since) in heard.items():
             beats = alive.get(process, 0)
@@ -262,12 +308,22 @@ class Peers:
                 lost = f"nothing was heard of it for {self._silence:.0f} s: it was killed, or its machine is gone"
                 failure = {"code": ProcessLost.code, "message": lost}
                 self._client.key_value_set(f"{FAILED}{process}", json.dumps(failure), allow_overwrite=True)
-                return {process: failure}
-        return {}
+                return self._failed()
+        return None
 
 
-def require_same_program(peers: Peers, config: Config) -> None:
-    """Makes sure that all processes run the same config with the same code and packages.
+def _is_of_others(error: BaseException) -> bool:
+    """Whether an error may come from a collective that another process did not join: JAX gives it several types."""
+    import jax
+
+    said = str(error)
+    if "RESOURCE_EXHAUSTED" in said or not isinstance(error, jax.errors.JaxRuntimeError | ValueError | RuntimeError):
+        return False
+    return isinstance(error, jax.errors.JaxRuntimeError) or any(word in said for word in COLLECTIVE_WORDS)
+
+
+def require_same_program(peers: Peers, config: Config, workdir: AnyPath) -> None:
+    """Makes sure that all processes run the same config in the same place with the same code and packages.
 
     Raises:
       UserError: what differs.
@@ -275,6 +331,7 @@ def require_same_program(peers: Peers, config: Config) -> None:
     if peers.count == 1:
         return
     peers.require_same("config", to_json(config))
+    peers.require_same("--workdir", str(workdir.absolute()))
     root = pathlib.Path(__file__).parent
     code = {str(path.relative_to(root)): _digest(path) for path in sorted(root.rglob("*.py"))}
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}

@@ -1,6 +1,7 @@
 """Exceptions that reach users as a single line, and the exit codes of all commands.
 
-0 done, or told to stop and saved; 1 training stopped; 2 the user's mistake; 3 another process of the run was lost.
+0 done, or told to stop and saved; 1 training stopped; 2 the user's mistake; 3 another process of the run was lost, or a
+store could not be reached: started again, the run may go on.
 """
 
 
@@ -12,6 +13,12 @@ class UserError(Exception):
     """
 
     code = 2
+
+
+class StoreLost(UserError):
+    """An object store could not be reached, or failed: that may pass, so the exit code is 3. One line."""
+
+    code = 3
 
 
 class TrainingStopped(Exception):

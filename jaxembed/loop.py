@@ -121,7 +121,7 @@ class Loop:
         batches = self._batches(step)
         while True:
             self.clock.step = step
-            last = step == stage.last or run.stop.requested(step)
+            last = step == stage.last or run.stop.requested()
             evaluate = bool(config.eval.every) and (step % config.eval.every == 0 or step == stage.last)
             save = last or step % config.checkpoint.every == 0 or (evaluate and bool(config.checkpoint.best))
             if step == start:  # this state was evaluated and saved before
@@ -165,8 +165,11 @@ class Loop:
             self._catch_up()  # what is running counts as computing
             with self.clock.during(Phase.COMPILE):
                 self.compiled[shapes] = self._compile(" + ".join(map(str, shapes)), state, batch)
-        with self.clock.during(Phase.COMPUTE):
-            state, metrics = self.compiled[shapes](state, batch, run.given)
+            with self.clock.during(Phase.FIRST):
+                state, metrics = jax.block_until_ready(self.compiled[shapes](state, batch, run.given))
+        else:
+            with self.clock.during(Phase.COMPUTE):
+                state, metrics = self.compiled[shapes](state, batch, run.given)
         profile.after(step + 1, state)
         self._catch_up()
         self.pending = info, metrics

@@ -120,6 +120,7 @@ class Blueprint:
         """Writes the blueprint; `load` reads it."""
         said = dataclasses.asdict(dataclasses.replace(self, tokenizer=None, unused=None))
         with filling(folder, FILE, anew=True) as place:  # every start writes the same
+            (place / FILE).unlink(missing_ok=True)  # until all is there
             self.tokenizer.save(place, self.max_length)
             if self.unused:
                 (place / "unused").mkdir(exist_ok=True)
@@ -159,7 +160,7 @@ def open_source(c: Config, workdir: AnyPath) -> tuple[Blueprint, Loader]:
       UserError: a folder, run or architecture that does not serve; bad texts, where a tokenizer is made of them.
     """
     blueprint, load = _scratch(c, workdir) if c.model.init == "scratch" else _open(c.model.init)
-    base = _digest(c.model.init) if c.model.lora.rank else ""
+    base = digest_of(c.model.init) if c.model.lora.rank else ""
     return dataclasses.replace(_adapted(blueprint, c), base=base), load
 
 
@@ -279,7 +280,7 @@ def open_base(workdir: AnyPath, init: str) -> tuple[Blueprint, Loader]:
     except UserError as error:
         base = f"its checkpoints hold adapters to config.model.init = {init!r}"
         raise UserError(f"run:{workdir}: {base}, which cannot be opened: {error}") from error
-    require_base(workdir, init, _digest(init))
+    require_base(workdir, init, digest_of(init))
     return opened
 
 
@@ -301,7 +302,7 @@ def require_base(workdir: AnyPath, init: str, base: str) -> None:
         )
 
 
-def _digest(init: str) -> str:
+def digest_of(init: str) -> str:
     """Returns a digest of the weights of 'hf:…' or 'run:…'; see `Blueprint.base`.
 
     That of a checkpoint is made of its files' names, which no two that were saved have in common, and sizes.

@@ -3,7 +3,7 @@
     python -m jaxembed.plan --config=configs/qwen3_0p6b.py:v5e-16 --topology=v5e:4x4
 
 Compiles the real train step ahead of time, and prints what a chip holds, what travels, and an estimate of a step's
-time with all that it assumes; one JSON line last. --topology is a TPU slice (v5e:16x16, v5p:4x4x4, v6e:4x4, tpu7x:2x2x1),
+time with all that it assumes; one JSON line last. --topology is a TPU slice (v5e:16x16, v5p:4x4x4, v6e:4x4),
 GPUs (a100:1, h100:8, h200:16, b200:8) or virtual devices of this machine (cpu:8), which need nothing but jax; for TPUs
 and GPUs: pip install -r requirements-aot.txt. No weights are read, and of the best-known models nothing is fetched.
 
@@ -21,7 +21,7 @@ from ml_collections import config_flags
 from jaxembed import cli, config
 from jaxembed.errors import UserError
 from jaxembed.host_memory import keep_freed_memory
-from jaxembed.train import _config_dict, source_of
+from jaxembed.train import config_dict, source_of
 
 # The compilers for TPUs and GPUs are plugins: the process itself runs on its CPU, and looks for no accelerator.
 ENVIRONMENT = {
@@ -67,7 +67,7 @@ def main() -> None:
         raise UserError("--config is missing: name a config file, such as configs/finetune_pairs.py")
     if not flag.topology:
         raise UserError("--topology is missing: name chips, such as v5e:4x4, h200:1 or cpu:1")
-    resolved = planned_config(_config_dict(flag.config).to_dict(), flag.data)
+    resolved = planned_config(config_dict(flag.config).to_dict(), flag.data)
     os.environ.update(ENVIRONMENT)
     keep_freed_memory()
     if flag.topology.startswith("cpu:"):

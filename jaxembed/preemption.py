@@ -10,7 +10,7 @@ class StopSignal:
     """Turns SIGTERM into a request to save and leave, agreed on by all processes."""
 
     def __enter__(self) -> "StopSignal":
-        self.received = False
+        self.received, self.asked = False, 0
         self.multi = jax.process_count() > 1  # then jax's own preemption service has the handler
         if not self.multi:
             self.before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "received", True))
@@ -20,6 +20,14 @@ class StopSignal:
         if not self.multi:
             signal.signal(signal.SIGTERM, self.before)
 
-    def requested(self, step: int) -> bool:
-        """Whether to stop after this step."""
-        return multihost_utils.reached_preemption_sync_point(step) if self.multi else self.received
+    def requested(self) -> bool:
+        """Whether to stop now; to be called once a step.
+
+        Several processes agree on the call after the last one that any of them has made. Calls are counted from this
+        start: a signal that comes before the first one means the second, which a run that goes on at a later step would
+        never meet by its steps.
+        """
+        if not self.multi:
+            return self.received
+        self.asked += 1
+        return multihost_utils.reached_preemption_sync_point(self.asked - 1)

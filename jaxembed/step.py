@@ -13,8 +13,8 @@ from jaxembed.data.batch import Batch, PairShape, Rows
 from jaxembed.losses.embedded import Embedded
 from jaxembed.losses.objective import loss_params, objective
 from jaxembed.models.layers.dropout import Noise, step_seed
-from jaxembed.models.text_encoder import ModelFactory, Params, join
-from jaxembed.optimizer import freeze, rate_factors, schedule
+from jaxembed.models.text_encoder import ModelFactory, Params, join, split
+from jaxembed.optimizer import freeze, make_optimizer, rate_factors, schedule
 from jaxembed.sharding import BATCH, batch_shards
 
 Metrics = dict[str, jax.Array]
@@ -151,6 +151,24 @@ def encode(
     by_query = jax.lax.reshape(queries, (depths, n_pairs, width), out_sharding=P(None, BATCH, None))
     others_shape, others_spec = (depths, n_pairs, texts_per_pair - 1, width), P(None, BATCH, None, None)
     return by_query, jax.lax.reshape(others, others_shape, out_sharding=others_spec)
+
+
+def build(
+    config: Config, factory: ModelFactory, pair: PairShape, steps: int, teacher: ModelFactory | None = None
+) -> tuple[Callable[[Params], TrainState], Callable[[TrainState, Batch, Given], tuple[TrainState, Metrics]]]:
+    """Returns what makes the state before the first step out of the model's trained parameters, and the train step.
+
+    Neither is compiled; `init_state` and `make_step` say more. Needs a mesh set.
+    """
+    widths = factory.width, teacher.width if teacher else 0
+    trained, _ = split(factory.abstract())
+    abstract = {"model": trained, "loss": jax.eval_shape(lambda: loss_params(config, *widths))}
+    optimizer = make_optimizer(config.optimizer, steps, abstract)
+
+    def first_state(model: Params) -> TrainState:
+        return init_state(config, optimizer, model, *widths)
+
+    return first_state, make_step(config, factory, optimizer, pair, steps, teacher)
 
 
 def make_step(

@@ -6,8 +6,8 @@ habits that this package uses. Both can be read through the same calls. What mus
 
 Stores have no folders, no renaming and no appending, but a file is there whole or not at all. So a folder is complete
 once the file that is sent last is there. fsspec (https://filesystem-spec.readthedocs.io) and its packages speak with
-the stores; they are imported when the first URL is met. A store that cannot be reached, or that refuses, is a
-`UserError`; a file that is not there is a FileNotFoundError, as on disk.
+the stores; they are imported when the first URL is met. A store that refuses is a `UserError`, one that cannot be
+reached or fails is a `StoreLost`; a file that is not there is a FileNotFoundError, as on disk.
 """
 
 import contextlib
@@ -25,10 +25,12 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxembed.errors import UserError
+from jaxembed.errors import StoreLost, UserError
 
 _URL = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<rest>.*)", re.DOTALL)
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}
+# Words of refusals by a store, or by a package without an account for it, whose class does not tell that they are.
+_REFUSALS = re.compile(r"Forbidden|Access ?Denied|[Uu]nable to locate credentials|credentials were not found|, 401$")
 # What tells one content of a file from another, the surest first: digests, then times of change.
 _MARKS = ("md5Hash", "ETag", "etag", "mtime", "LastModified", "created")
 
@@ -54,6 +56,10 @@ def path_of(place: "str | AnyPath") -> "AnyPath":
         raise UserError(f"{text}: names no bucket, as in s3://BUCKET/FOLDER")
     _file_system(path.scheme)  # what is missing shows here
     return path
+
+
+class NotThere(UserError):
+    """A store has no such file, or no such bucket."""
 
 
 class Stat(NamedTuple):
@@ -222,7 +228,13 @@ def _file_system(scheme: str) -> Any:
 
 @contextlib.contextmanager
 def _asking(url: str, done: str) -> Iterator[None]:
-    """Turns what a store's package raises into one line; when reading, a missing file stays FileNotFoundError."""
+    """Turns what a store's package raises into one line; when reading, a missing file stays FileNotFoundError.
+
+    Raises:
+      NotThere: a file or a bucket is missing.
+      UserError: the store refuses.
+      StoreLost: it does not answer, or not as it should.
+    """
     try:
         yield
     except UserError:
@@ -231,7 +243,14 @@ def _asking(url: str, done: str) -> Iterator[None]:
         if isinstance(error, FileNotFoundError) and done == "read":
             raise
         said = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-        raise UserError(f"{url}: cannot be {done}: {said.splitlines()[0]}") from error
+        said = said.splitlines()[0]
+        if isinstance(error, FileNotFoundError):
+            kind = NotThere
+        elif isinstance(error, PermissionError | ValueError) or _REFUSALS.search(said):
+            kind = UserError
+        else:
+            kind = StoreLost
+        raise kind(f"{url}: cannot be {done}: {said}") from error
 
 
 def cache_folder() -> pathlib.Path:
@@ -284,6 +303,31 @@ def local(folder: AnyPath, patterns: Sequence[str] = ("*",)) -> pathlib.Path:
     infos = {name: info for name, info in folder.files().items() if any(fnmatch.fnmatch(name, p) for p in patterns)}
     if not infos:
         raise FileNotFoundError(f"{folder}: no such folder")
+    return _copy(folder, infos)
+
+
+def local_file(file: AnyPath, beside: Sequence[str]) -> pathlib.Path:
+    """Returns a file of this machine: itself, or a copy made of a store's, as `local` does.
+
+    Args:
+      file: the file.
+      beside: names of files that are copied too, those that there are in the same folder, into the same one.
+
+    Raises:
+      FileNotFoundError: a store has no such file.
+      UserError: the store cannot be read, or the disk not be written.
+    """
+    if isinstance(file, pathlib.Path):
+        return file
+    infos = {name: (file.parent / name)._info() for name in (file.name, *beside)}
+    infos = {name: info for name, info in infos.items() if info and info["type"] == "file"}
+    if file.name not in infos:
+        raise FileNotFoundError(f"{file}: no such file")
+    return _copy(file.parent, infos) / file.name
+
+
+def _copy(folder: StorePath, infos: Mapping[str, Mapping[str, Any]]) -> pathlib.Path:
+    """Returns the copy of a folder's files, of which the store says `infos`; made where there is none yet."""
     said = json.dumps([folder.url, {name: _mark(info) for name, info in infos.items()}])
     copy = cache_folder() / "copies" / hashlib.sha256(said.encode()).hexdigest()[:32] / folder.name
     if not copy.is_dir():
@@ -300,6 +344,7 @@ def fetch(folder: StorePath, into: pathlib.Path, names: Sequence[str]) -> None:
       names: of the files, from `folder`.
 
     Raises:
+      NotThere: a file is gone.
       UserError: the store cannot be read, or the disk not be written.
     """
     with _local_disk(into):
@@ -326,7 +371,7 @@ def send(folder: pathlib.Path, to: StorePath, last: str, anew: bool = False) -> 
       folder: where the files are.
       to: where they go.
       last: the file that is taken away first and comes back last.
-      anew: the files there, if any, are the same: others may read them meanwhile, so `last` is not taken away.
+      anew: the files there, if any, are the same: others may read or send them meanwhile, so `last` is not taken away.
 
     Raises:
       UserError: the store cannot be written.
@@ -335,11 +380,11 @@ def send(folder: pathlib.Path, to: StorePath, last: str, anew: bool = False) -> 
     there = set(to.files())
     with _asking(to.url, "written"):
         if last in there and not anew:
-            to.store.rm_file(f"{to}/{last}")
+            _remove_file(to / last)
         for batch in (sorted(names - {last}), [last]):
             to.store.put([str(folder / name) for name in batch], [f"{to}/{name}" for name in batch])
         for name in sorted(there - names):
-            to.store.rm_file(f"{to}/{name}")
+            _remove_file(to / name)
 
 
 def remove(folder: StorePath, first: str) -> None:
@@ -347,7 +392,12 @@ def remove(folder: StorePath, first: str) -> None:
     names = sorted(folder.files(), key=lambda name: (name != first, name))
     with _asking(folder.url, "removed"):
         for name in names:
-            folder.store.rm_file(f"{folder}/{name}")
+            _remove_file(folder / name)
+
+
+def _remove_file(file: StorePath) -> None:
+    with contextlib.suppress(FileNotFoundError):  # another process may have removed it
+        file.store.rm_file(file.url)
 
 
 def staged(path: AnyPath) -> pathlib.Path:
@@ -366,6 +416,8 @@ def staged(path: AnyPath) -> pathlib.Path:
 def publish(path: AnyPath) -> None:
     """Sends what was `staged` for a path, a file or all files of a folder, to its store; on disk it is there already.
 
+    A folder that was sent is removed here, so that the next one that is staged for the same path begins empty.
+
     Raises:
       UserError: the store cannot be written.
     """
@@ -375,6 +427,8 @@ def publish(path: AnyPath) -> None:
     files = {place / name: f"{path}/{name}" for name in sizes(place)} if place.is_dir() else {place: str(path)}
     with _asking(path.url, "written"):
         path.store.put([str(file) for file in files], list(files.values()))
+    if place.is_dir():
+        shutil.rmtree(place, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -36,7 +36,7 @@ def read_flags() -> tuple[config.Config, AnyPath]:
         raise UserError("--config is missing: name a config file, such as configs/finetune_pairs.py")
     if not flags.FLAGS.workdir:
         raise UserError("--workdir is missing: name the run's folder")
-    asked = _config_dict(flags.FLAGS.config)
+    asked = config_dict(flags.FLAGS.config)
     if flags.FLAGS.data:
         for i, changes in enumerate(asked.stages):
             if "train" in changes.get("data", {}):
@@ -64,7 +64,7 @@ def source_of(first: dict[str, Any], spec: str) -> dict[str, Any]:
     return {field: value for field, value in first.items() if field not in own} | place
 
 
-def _config_dict(asked: Any) -> ConfigDict:
+def config_dict(asked: Any) -> ConfigDict:
     """Makes sure that the config file was read and gave a ConfigDict."""
     try:
         if hasattr(asked, "to_dict"):
@@ -81,7 +81,7 @@ def main() -> None:
     resolved, workdir = read_flags()
     keep_freed_memory()
     with connect() as peers:
-        require_same_program(peers, resolved)
+        require_same_program(peers, resolved, workdir)
         require_files(resolved)
         require_packages(resolved.log_to)
         from jaxembed.observing.profiling import parse  # jax and all that: only once the config is known to be right

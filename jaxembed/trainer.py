@@ -7,6 +7,7 @@ The state comes from, in this order: the newest checkpoint in the work directory
 import contextlib
 import dataclasses
 import math
+import time
 from typing import Any
 
 import jax
@@ -21,21 +22,23 @@ from jaxembed.errors import UserError
 from jaxembed.evaluation.tasks import Tasks
 from jaxembed.loggers import open_loggers
 from jaxembed.loop import Loop, Run, StageRun
-from jaxembed.losses.objective import loss_params
 from jaxembed.metrics import MetricsWriter, read_metrics
 from jaxembed.model_source import Blueprint
 from jaxembed.models.lora import Lora
 from jaxembed.models.text_encoder import Params, split
+from jaxembed.observing import profiling
+from jaxembed.observing.clock import Phase
 from jaxembed.observing.observer import Observer
-from jaxembed.optimizer import make_optimizer
 from jaxembed.preemption import StopSignal
 from jaxembed.progress import Progress
 from jaxembed.report import write_report
 from jaxembed.reporting.summary import summary
 from jaxembed.stages import stages_of
-from jaxembed.step import TrainState, init_state, make_step
+from jaxembed.step import TrainState, build
 from jaxembed.storage import AnyPath
 from jaxembed.training_data import open_data
+
+SEEN_WITHIN = 60.0  # seconds in which a shared file system shows a new file everywhere
 
 
 def train(config: Config, workdir: AnyPath, peers: Peers | None = None, profile: range = range(0)) -> dict[str, Any]:
@@ -63,22 +66,25 @@ def train(config: Config, workdir: AnyPath, peers: Peers | None = None, profile:
         lora = blueprint.lora(config.model.lora)
         teacher = model_source.open_teacher(config.teacher)
         _check_sizes(config, blueprint, mesh)
-        _agree_on_model(peers, blueprint)  # by now all have read what process 0 is about to write anew
+        _agree_on_model(peers, config, blueprint, teacher.blueprint if teacher else None)
         run_folder.claim(workdir, config, write=peers.main)
         stack.enter_context(run_folder.disk_errors(workdir))
         _require_shared(peers, workdir)
+        observer = stack.enter_context(Observer(workdir, config.stall_seconds))
         checkpoints = Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.best)
-        start = checkpoints.latest()
+        start = peers.of_main(checkpoints.latest())  # a shared file system may show the others an older one
         if start is not None and lora:
             model_source.require_base(workdir, config.model.init, blueprint.base)
-        if peers.main:
+        if peers.main and start is None:
             blueprint.save(workdir / model_source.FOLDER)
         meta = checkpoints.meta(start) if start is not None else {}
-        stages = _open_stages(config, blueprint, lora, mesh, meta, teacher.blueprint if teacher else None)
+        with observer.clock.during(Phase.PREPARE):
+            stages = _open_stages(config, blueprint, lora, mesh, meta, teacher.blueprint if teacher else None)
         _agree_on_data(peers, stages)
         steps = stages[-1].last
         if start is not None and start > steps:
             raise UserError(f"{workdir} has done {start} steps, more than the {steps} asked for: raise config.steps")
+        profiling.require(profile, steps)
         if peers.main:
             run_folder.write_json(workdir / run_folder.DATA, [row for stage in stages for row in _said_of_data(stage)])
         loggers = open_loggers(config, workdir, start, peers.main)
@@ -86,8 +92,7 @@ def train(config: Config, workdir: AnyPath, peers: Peers | None = None, profile:
         stack.enter_context(jax.set_mesh(mesh))
         with contextlib.ExitStack() as watched:
             progress = watched.enter_context(Progress(steps, start or 0, active=peers.main))
-            observer = Observer(workdir, meta, steps, profile, config.stall_seconds, progress.say)
-            watched.enter_context(observer)
+            watched.enter_context(observer.begin(meta, profile, progress.say))
             if start is not None:
                 done = f"{start} of {steps} steps are done"
                 progress.say(f"{done}: going on" if start < steps else f"{done}: nothing left to train")
@@ -101,26 +106,34 @@ def train(config: Config, workdir: AnyPath, peers: Peers | None = None, profile:
             taught = teacher.factory if teacher else None
             run = Run(workdir, mesh, blueprint, taught, given, tasks, checkpoints, writer, progress, stop, observer)
             state, step = _walk(run, stages, fresh, start, meta.get("stage", 0))
-        checkpoints.close()
+        with observer.clock.during(Phase.CHECKPOINT):
+            checkpoints.close()
         if step < steps:
             progress.say(f"told to stop: saved after step {step} of {steps}; started again, the run goes on there")
         if config.export and step == steps:
-            run_step = run_folder.RunStep(workdir, step)
-            if lora:  # merged in float32, whatever the dtype of the computation
-                given.clear()
-                embedder = Embedder.load(f"{workdir}@{step}", mesh=mesh)
-            else:
-                embedder = Embedder(blueprint, stages[-1].factory, state.served, mesh, run_step)
-            embedder.save(workdir / "export", config.export_dtype)
+            with observer.clock.during(Phase.EXPORT):
+                run_step = run_folder.RunStep(workdir, step)
+                if lora:  # merged in float32, whatever the dtype of the computation
+                    given.clear()
+                    embedder = Embedder.load(f"{workdir}@{step}", mesh=mesh)
+                else:
+                    embedder = Embedder(blueprint, stages[-1].factory, state.served, mesh, run_step)
+                embedder.save(workdir / "export", config.export_dtype)
+        observer.end()
         if peers.main:
             _report(workdir, progress)
     return next(reversed(read_metrics(workdir)), {})
 
 
-def _agree_on_model(peers: Peers, blueprint: Blueprint) -> None:
-    said = {"config.json": blueprint.hf_config, "head": dataclasses.asdict(blueprint.head)}
-    said |= {"tokenizer": blueprint.tokenizer.fingerprint(), "weights": blueprint.base}
-    peers.require_same("model", said)
+def _agree_on_model(peers: Peers, config: Config, *blueprints: Blueprint | None) -> None:
+    """Makes sure that all processes start from the same model, and the same teacher."""
+    if peers.count == 1:
+        return
+    for what, init, blueprint in zip(("model", "teacher"), (config.model.init, config.teacher.init), blueprints):
+        if blueprint:
+            said = {"config.json": blueprint.hf_config, "head": dataclasses.asdict(blueprint.head)}
+            weights = "" if init == "scratch" else model_source.digest_of(init)
+            peers.require_same(what, said | {"tokenizer": blueprint.tokenizer.fingerprint(), "weights": weights})
 
 
 def _agree_on_data(peers: Peers, stages: tuple[StageRun, ...]) -> None:
@@ -136,11 +149,14 @@ def _require_shared(peers: Peers, workdir: AnyPath) -> None:
       UserError: the folder lies on a disk of process 0's machine.
     """
     peers.wait()
-    if not (workdir / run_folder.CONFIG).exists():
-        raise UserError(
-            f"--workdir={workdir}: process 0 has written {run_folder.CONFIG} there, but this process does not see it: "
-            "it must lie on a file system that all processes share, or on an object store (gs://…)"
-        )
+    until = time.monotonic() + SEEN_WITHIN
+    while not (workdir / run_folder.CONFIG).exists():
+        if time.monotonic() > until:
+            raise UserError(
+                f"--workdir={workdir}: process 0 has written {run_folder.CONFIG} there, but this process does not see "
+                "it: it must lie on a file system that all processes share, or on an object store (gs://…)"
+            )
+        time.sleep(0.5)
 
 
 def _report(workdir: AnyPath, progress: Progress) -> None:
@@ -212,21 +228,17 @@ def _prepare(
     run: Run, stage: StageRun, fresh: Params, served: Params | None, start: int | None
 ) -> tuple[Any, TrainState]:
     """Builds a stage's step and its first state: from the stage before, restored, or fresh; born on the mesh."""
-    config, factory, steps = stage.config, stage.factory, stage.last - stage.first
-    widths = factory.width, run.teacher.width if run.teacher else 0
+    config, factory, plan = stage.config, stage.factory, stage.data.plan
+    pair = PairShape(plan.positives, plan.negatives, plan.negative_queries)
+    first_state, step = build(config, factory, pair, stage.last - stage.first, run.teacher)
     trained, _ = split(factory.abstract())
-    abstract = {"model": trained, "loss": jax.eval_shape(lambda: loss_params(config, *widths))}
-    optimizer = make_optimizer(config.optimizer, steps, abstract)
-    make_state = jax.jit(lambda model: init_state(config, optimizer, model, *widths), donate_argnums=0)
+    make_state = jax.jit(first_state, donate_argnums=0)
     if served is not None:
         state = make_state(jax.tree.map(lambda x, like: x.astype(like.dtype), served, trained))
     elif start is not None:
         state = run.checkpoints.restore(start, jax.eval_shape(make_state, trained))
     else:
         state = make_state(fresh)
-    plan = stage.data.plan
-    pair = PairShape(plan.positives, plan.negatives, plan.negative_queries)
-    step = make_step(config, factory, optimizer, pair, steps, run.teacher)
     return jax.jit(step, donate_argnums=0), state
 
 

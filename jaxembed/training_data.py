@@ -83,7 +83,7 @@ def open_data(
     check_needs(config, caches)
     plan = _plan(config, caches)
     # The kernels of accelerators want multiples of 128; on CPU attention costs in proportion to the length.
-    multiple = math.lcm(8 if jax.default_backend() == "cpu" else KERNEL_BLOCK, mesh.shape["sequence"])
+    multiple = math.lcm(8 if mesh.devices.flat[0].platform == "cpu" else KERNEL_BLOCK, mesh.shape["sequence"])
     layout = {
         "shards": sharding.batch_shards(mesh),
         "micro_batches": config.grad_cache,

@@ -67,10 +67,10 @@ class Launched:
             assert time.monotonic() < until, self.log.read_text()[-3000:]
             time.sleep(0.002)
 
-    def wait_for_start(self, number: int, seconds: float = 120) -> None:
-        """Waits until the launcher has started all processes for that time."""
+    def wait_for_words(self, words: str, times: int, seconds: float = 120) -> None:
+        """Waits until the log has these words so often."""
         until = time.monotonic() + seconds
-        while self.log.read_text().count(f"JAXEMBED_PROCESS={PROCESSES - 1}") < number:
+        while self.log.read_text().count(words) < times:
             assert self.process.poll() is None and time.monotonic() < until, self.log.read_text()[-3000:]
             time.sleep(0.02)
 
@@ -121,12 +121,18 @@ def killed(folder: pathlib.Path, config: pathlib.Path, times: int, steps: int, s
 
 
 def stopped(folder: pathlib.Path, config: pathlib.Path, times: int, steps: int, seed: int) -> pathlib.Path:
-    """A run one of whose processes is told to stop so often, and that is started again each time."""
+    """A run one of whose processes is told to stop so often, and that is started again each time.
+
+    Every other time it is told before the first step of that start.
+    """
     rng, workdir = random.Random(seed), folder / "stopped"
-    for _ in range(times):
+    for i in range(times):
         done = newest(workdir)
         launched = Launched(config, workdir, 0)
-        launched.wait_for(done + rng.randint(1, steps // times))
+        if i % 2:
+            launched.wait_for_words("steps are done: going on", i)
+        else:
+            launched.wait_for(done + rng.randint(1, steps // times))
         time.sleep(rng.uniform(0, 0.05))
         launched.send(rng, signal.SIGTERM)
         assert launched.process.wait(120) == 0, launched.log.read_text()[-3000:]

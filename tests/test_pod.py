@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from pod import finish, start
 from safetensors.numpy import load_file
-from survivors import Launched, assert_same_run, newest, plain_pairs, unbroken, write_config
+from survivors import PROCESSES, Launched, assert_same_run, newest, plain_pairs, unbroken, write_config
 from tiny_run import sentence, tiny_config, write_lines
 
 from jaxembed import config as config_lib
@@ -199,6 +199,17 @@ def test_a_killed_process_ends_the_others(folder, command):
     assert "process 1 of 2: nothing was heard of it" in first.err or "another process was lost" in first.err
 
 
+@pytest.mark.parametrize(("kind", "codes"), [("mistake", (2, 2)), ("kill", (3, -9))])
+def test_a_process_that_waits_in_a_collective_hears_what_happened(kind, codes):
+    errors = str(pathlib.Path(__file__).with_name("pod_errors.py"))
+    ended = finish(start(2, 1, [(errors, kind)] * 2, timeout=20))
+    assert tuple(process.code for process in ended) == codes, ended
+    if kind == "mistake":
+        assert all("error: process 1 of 2: my mistake" in process.err for process in ended)
+    else:
+        assert "most likely because another process was lost" in ended[0].err
+
+
 def test_killed_and_told_to_stop_under_a_launcher(folder, config):
     """Once each; `make test-survival` does so ten times."""
     own, rng, steps = folder / "survival", random.Random(3), 40
@@ -211,7 +222,7 @@ def test_killed_and_told_to_stop_under_a_launcher(folder, config):
     launched = Launched(file, workdir, restarts=1)
     launched.wait_for(6)
     assert launched.send(rng, signal.SIGKILL)
-    launched.wait_for_start(2)
+    launched.wait_for_words(f"JAXEMBED_PROCESS={PROCESSES - 1}", 2)  # started again
     going_on = newest(workdir)
     launched.wait_for(going_on + 9)
     assert launched.send(rng, signal.SIGTERM)

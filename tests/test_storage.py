@@ -14,12 +14,12 @@ from tiny_run import write_pairs, write_records, write_tokenizer
 
 from jaxembed import storage
 from jaxembed.config import EvalConfig, MaxLength, PromptConfig, SourceConfig, build
-from jaxembed.data import cache_writer
+from jaxembed.data import cache, cache_writer
 from jaxembed.data.cache import build_or_open
 from jaxembed.data.records import RecordReader
 from jaxembed.data.sources import label_of
 from jaxembed.data.tokenizer import Tokenizer
-from jaxembed.errors import UserError
+from jaxembed.errors import StoreLost, UserError, exit_code
 from jaxembed.evaluation.classification import read_classification
 from jaxembed.evaluation.pairs import read_pairs
 from jaxembed.evaluation.retrieval import read_retrieval
@@ -106,10 +106,22 @@ def test_a_store_that_refuses_is_one_line(bucket, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     forget_stores()
-    with pytest.raises(UserError, match=r"^s3://tests/x: cannot be read: .*127.0.0.1:9"):
+    with pytest.raises(StoreLost, match=r"^s3://tests/x: cannot be read: .*127.0.0.1:9") as lost:
         path_of(f"{bucket}/x").exists()
+    assert exit_code(lost.value) == 3
     monkeypatch.undo()
     forget_stores()
+
+
+def test_an_account_that_is_refused_is_not_to_be_tried_again(bucket, monkeypatch):
+    def refuse(url):
+        raise PermissionError("Access Denied")
+
+    store = path_of(bucket + "/x").store
+    monkeypatch.setattr(store, "cat_file", refuse)
+    with pytest.raises(UserError, match="s3://tests/x: cannot be read: Access Denied") as refused:
+        path_of(f"{bucket}/x").read_bytes()
+    assert exit_code(refused.value) == 2
 
 
 def test_a_copy_is_made_once_and_again_when_a_file_changes(place, monkeypatch):
@@ -133,6 +145,30 @@ def test_a_copy_is_complete_or_not_there(place, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cannot be copied"):
         storage.fetch(place, tmp_path / "copy", ("a", "missing"))
     assert not list(tmp_path.iterdir())
+
+
+def test_of_one_file_its_folder_is_not_looked_through(place, tmp_path, monkeypatch):
+    write_tokenizer(tmp_path / "tokenizer.json")
+    file = path_of(put(place / "tokenizer.json", (tmp_path / "tokenizer.json").read_bytes()))
+    put(place / "checkpoints" / "1" / "weights", b"large")
+    monkeypatch.setattr(StorePath, "files", None)
+    assert Tokenizer.load(f"file:{file}")._truncation_side == "right"
+    put(place / "tokenizer_config.json", b'{"truncation_side": "left"}')
+    assert Tokenizer.load(f"file:{file}")._truncation_side == "left"
+    copy = storage.local_file(file, ("tokenizer_config.json", "none.json", "checkpoints"))
+    assert sorted(path.name for path in copy.parent.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+    with pytest.raises(FileNotFoundError):
+        storage.local_file(place / "none.json", ("tokenizer.json",))
+
+
+def test_a_folder_that_was_sent_is_not_sent_again(place):
+    for name in ("first", "second"):
+        folder = storage.staged(place / "profile")
+        folder.mkdir()
+        (folder / name).write_text(name)
+        storage.publish(place / "profile")
+        assert storage.sizes(place) == {f"profile/{name}": len(name)}
+        storage.remove(place / "profile", name)  # the user's, who begins anew at the same URL
 
 
 def test_a_folder_is_filled_with_its_mark_last(place, monkeypatch):
@@ -230,6 +266,31 @@ def test_a_token_cache_is_built_once_for_all_machines(place, tmp_path, monkeypat
     assert (place / "cache" / "tokens" / there.path.name / "tokens.bin").stat().st_size == there.tokens.nbytes
     put(path_of(data), write_pairs(tmp_path / "others.jsonl", 50, 4).read_bytes())
     assert opened(data, f"{place}/cache").path.name != there.path.name
+
+
+@pytest.fixture
+def opened(place, tmp_path):
+    """Opens the cache of a source in `place`."""
+    source = SourceConfig(path=str(write_records(tmp_path / "pairs.jsonl", 20, 3)))
+    tokenizer = Tokenizer.load(f"file:{write_tokenizer(tmp_path / 'tokenizer.json')}")
+    prompts, lengths = PromptConfig("", ""), MaxLength(20, 20)
+    return lambda: build_or_open(source, tokenizer, prompts, lengths, f"{place}/cache", "error", False)
+
+
+def test_a_token_cache_that_could_not_be_sent_is_sent_at_the_next_start(place, opened, monkeypatch):
+    def fail(*_, **__):
+        raise StoreLost("away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "send", fail)
+        with pytest.raises(StoreLost):
+            opened()
+    assert storage.sizes(place) == {}
+    monkeypatch.setattr(cache_writer, "fill", None)  # nothing is tokenised again
+    stored = storage.sizes(place / "cache" / "tokens" / opened().path.name)
+    assert stored == storage.sizes(opened().path) and cache_writer.META in stored
+    monkeypatch.setattr(cache, "send", None)  # nor sent again
+    opened()
 
 
 def test_evaluation_sets(place):

@@ -30,7 +30,7 @@ from jaxembed.data.records import RecordReader
 from jaxembed.data.rows import row_name
 from jaxembed.data.tokenizer import Tokenizer
 from jaxembed.errors import UserError
-from jaxembed.storage import AnyPath, StorePath, cache_folder, fetch, path_of, send, stamp
+from jaxembed.storage import AnyPath, NotThere, StorePath, cache_folder, fetch, path_of, send, stamp
 
 _CLOCK_GRAIN_NS = 2_000_000_000  # a file just written may change again without a new time of change
 _ABANDONED = 24 * 3600  # seconds without a write after which an unfinished build is taken for dead
@@ -194,13 +194,16 @@ def build_or_open(
         }
         key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
         final = root / "tokens" / key
-        with contextlib.suppress(DamagedCacheError):
+        stored = place / "tokens" / key if isinstance(place, StorePath) else None
+        if _is_whole(final) and (stored is None or _is_sent(stored)):
             return TokenCache(final, reader.source.label)
         with _alone(final):
-            with contextlib.suppress(DamagedCacheError):  # built while this process waited
+            if _is_whole(final):  # built while this process waited, or by one that could not send it
+                if stored is not None and not _is_sent(stored):
+                    send(final, stored, cache_writer.META, anew=True)
                 return TokenCache(final, reader.source.label)
             _remove_abandoned(final)
-            if isinstance(place, StorePath) and _copied(place / "tokens" / key, final):
+            if stored is not None and _copied(stored, final):
                 return TokenCache(final, reader.source.label)
             scratch = _unused(final)
             scratch.mkdir()
@@ -211,8 +214,8 @@ def build_or_open(
                 _publish(scratch, final)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
-            if isinstance(place, StorePath):
-                send(final, place / "tokens" / key, cache_writer.META)
+            if stored is not None:  # other machines may send the same: a key has one content
+                send(final, stored, cache_writer.META, anew=True)
         return TokenCache(final)
 
 
@@ -242,16 +245,26 @@ def _writing(root: pathlib.Path) -> Iterator[None]:
         ) from error
 
 
+def _is_whole(folder: pathlib.Path) -> bool:
+    with contextlib.suppress(DamagedCacheError):
+        return bool(_read_meta(folder))
+    return False
+
+
+def _is_sent(stored: StorePath) -> bool:
+    return (stored / cache_writer.META).exists()  # which is sent last
+
+
 def _copied(stored: StorePath, final: pathlib.Path) -> bool:
     """Copies a cache out of a store, if it is whole there; tells whether it is."""
-    if not (stored / cache_writer.META).exists():  # which is sent last
+    if not _is_sent(stored):
         return False
     scratch = _unused(final)
     try:
         fetch(stored, scratch, tuple(stored.files()))
         TokenCache(scratch)
         _publish(scratch, final)
-    except DamagedCacheError:
+    except (DamagedCacheError, NotThere):
         return False
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

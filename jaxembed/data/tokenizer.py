@@ -14,7 +14,7 @@ from tokenizers import normalizers, processors
 
 from jaxembed.data.templates import Template
 from jaxembed.errors import UserError
-from jaxembed.storage import local, path_of
+from jaxembed.storage import local, local_file, path_of
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _EXTRA = ("additional_special_tokens", "extra_special_tokens")
@@ -113,7 +113,7 @@ class Tokenizer:
         elif not file.is_file():
             raise UserError(f"tokenizer: there is no file {file}")
         else:
-            file = local(file.parent, (file.name, *_SETTINGS)) / file.name
+            file = local_file(file, _SETTINGS)
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the Rust library raises plain Exception

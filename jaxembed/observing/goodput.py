@@ -1,8 +1,9 @@
 """Goodput: which part of the time since a run first began went into steps that it kept.
 
 As in Google's ml-goodput-measurement (github.com/AI-Hypercomputer/ml-goodput-measurement), what is lost is start-up,
-compiling, evaluating, saving, the time between a kill and the next start, and steps done again after it. A wait for
-data between steps counts as part of the step, and has a field of its own (`data_wait_s`).
+compiling and the first call of each program, evaluating, saving, the time between a kill and the next start, and steps
+done again after it. A wait for data between steps counts as part of the step, and has a field of its own
+(`data_wait_s`).
 """
 
 import json
@@ -18,20 +19,20 @@ STARTED = "started.json"  # in the work directory: when the run first began
 KEY = "productive_s"  # in a checkpoint's meta
 
 
-def first_start(workdir: AnyPath, write: bool) -> float:
-    """Returns when the run first began, in seconds since 1970; that is now, where the folder does not say.
+def first_start(workdir: AnyPath, this: float, write: bool) -> float:
+    """Returns when the run first began, in seconds since 1970; with this start, where the folder does not say.
 
     Args:
       workdir: the run's.
+      this: when this start of it began.
       write: whether to make a note of it there.
     """
     path = workdir / STARTED
     if path.exists():
         return json.loads(path.read_text())["unix_s"]
-    now = time.time()
     if write:
-        write_json(path, {"unix_s": now})
-    return now
+        write_json(path, {"unix_s": this})
+    return this
 
 
 class Goodput:

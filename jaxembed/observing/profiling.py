@@ -29,27 +29,35 @@ def parse(text: str) -> range:
     return range(int(match[1]), int(match[2]))
 
 
+def require(asked: range, steps: int) -> None:
+    """Refuses steps to trace that the run does not have.
+
+    Args:
+      asked: the steps; see `parse`.
+      steps: of the whole run.
+
+    Raises:
+      UserError: the run ends before these steps.
+    """
+    if asked and asked.stop > steps:
+        raise UserError(f"--profile={asked.start}:{asked.stop}: the run has {steps:,} steps only")
+
+
 class Profile:
     """Traces steps START + 1 … END of a run, once. Every process does, into WORKDIR/profile/process-N.
 
     A run that goes on from a later step than START traces those of its steps that are left, if any.
     """
 
-    def __init__(self, workdir: AnyPath, asked: range, steps: int, clock: Clock, say: Callable[[str], None]) -> None:
+    def __init__(self, workdir: AnyPath, asked: range, clock: Clock, say: Callable[[str], None]) -> None:
         """Traces nothing yet.
 
         Args:
           workdir: the run's folder.
-          asked: the steps; see `parse`.
-          steps: of the whole run.
+          asked: the steps; see `parse` and `require`.
           clock: is told when no step runs because of a trace.
           say: shows a line to the user.
-
-        Raises:
-          UserError: the run ends before these steps.
         """
-        if asked and asked.stop > steps:
-            raise UserError(f"--profile={asked.start}:{asked.stop}: the run has {steps:,} steps only")
         self._asked, self._clock, self._say = asked, clock, say
         self._folder = workdir / FOLDER / f"process-{jax.process_index()}"
         self._mark: jax.profiler.StepTraceAnnotation | None = None  # while tracing

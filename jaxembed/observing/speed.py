@@ -2,11 +2,12 @@
 
 | field | meaning |
 |---|---|
-| step_s | seconds of a step, mean; compiling, evaluating and saving apart |
+| step_s | seconds of a step, mean; compiling, evaluating and saving apart, a new program's first call included |
 | data_wait_s | of these, waiting for a batch and for its way to the devices |
 | compute_s | … for dispatch and results |
 | host_s | … the rest: the loop's own code |
-| compile_s, eval_s, checkpoint_s | seconds of these in all, where there were any; most of saving goes on beside steps |
+| compile_s | seconds of compiling, and of each new program's first call until its result is there, if any |
+| eval_s, checkpoint_s | seconds of these, if any; most of saving goes on beside steps |
 | pairs_per_s, tokens_per_s, padded_tokens_per_s | of all devices; real tokens, and places in rows |
 | tokens_per_s_per_chip, padded_tokens_per_s_per_chip | the same by the devices of the mesh |
 | mfu | model FLOPs (`models.flops`; a teacher's are left out) by the peak of all chips, where that is known |
@@ -23,7 +24,7 @@ import jax
 from jaxembed.data.loader import StepInfo
 from jaxembed.hardware import chip_of
 from jaxembed.models.flops import StepFlops
-from jaxembed.observing.clock import STEP, Phase
+from jaxembed.observing.clock import STEP, Phase, beside
 from jaxembed.observing.memory import peak_bytes
 from jaxembed.observing.observer import Observer
 
@@ -47,7 +48,7 @@ class Meter:
     """Measures from one written line to the next."""
 
     def __init__(self, observer: Observer, mesh: jax.sharding.Mesh, flops: StepFlops, peak: float) -> None:
-        """Starts at zero.
+        """Starts at zero; what no line has told of yet, such as saving after the stage before, goes into the first.
 
         Args:
           observer: of the run.
@@ -56,7 +57,7 @@ class Meter:
           peak: operations a second of all devices; 0 where it is not known.
         """
         self._observer, self._mesh, self._flops, self._peak = observer, mesh, flops, peak
-        self._begin()
+        self._sums = _Sums()
 
     def add(self, info: StepInfo) -> None:
         """Counts a step that is done."""
@@ -70,28 +71,20 @@ class Meter:
 
     def rates(self) -> dict[str, float]:
         """Returns the figures of steps; there must have been one."""
-        return self._rates(self._since())
+        return self._rates(self._observer.clock.since_lap())
 
     def lap(self) -> dict[str, float]:
         """Returns all figures since the last lap, and begins the next one."""
-        since = self._since()
-        figures = self._rates(since) if self._sums.steps else {}
-        sides = {"compile_s": Phase.COMPILE, "eval_s": Phase.EVAL, "checkpoint_s": Phase.CHECKPOINT}
-        figures |= {name: since[phase] for name, phase in sides.items() if since[phase]}
+        since = self._observer.clock.lap()
+        figures = (self._rates(since) if self._sums.steps else {}) | beside(since)
         figures["memory_peak_bytes"] = peak_bytes(self._mesh.local_devices)
         figures["goodput"] = self._observer.goodput.value()
-        self._begin()
+        self._sums = _Sums()
         return figures
-
-    def _begin(self) -> None:
-        self._sums, self._before = _Sums(), self._observer.clock.spent()
-
-    def _since(self) -> dict[Phase, float]:
-        return {phase: seconds - self._before[phase] for phase, seconds in self._observer.clock.spent().items()}
 
     def _rates(self, since: dict[Phase, float]) -> dict[str, float]:
         sums, chips = self._sums, self._mesh.size
-        seconds = sum(since[phase] for phase in STEP)
+        seconds = sum(since[phase] for phase in (*STEP, Phase.FIRST))
         figures = {
             "pairs_per_s": sums.pairs / seconds,
             "tokens_per_s": sums.tokens / seconds,

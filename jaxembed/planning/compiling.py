@@ -17,16 +17,14 @@ from jaxembed.config import AUTO, Config
 from jaxembed.data.batch import Batch, PairShape, Rows, Texts
 from jaxembed.data.rungs import worst_case_rows
 from jaxembed.errors import UserError
-from jaxembed.losses.objective import loss_params
 from jaxembed.losses.table import LOSSES, NEGATIVE_QUERIES
 from jaxembed.model_source import Blueprint
 from jaxembed.models.flops import StepFlops
 from jaxembed.models.layers.attention import KERNEL_BLOCK
 from jaxembed.models.options import ModelOptions
 from jaxembed.models.text_encoder import ModelFactory, split
-from jaxembed.optimizer import make_optimizer
 from jaxembed.planning import shapes
-from jaxembed.step import init_state, make_step
+from jaxembed.step import build
 
 _UNKNOWN_STEPS = 1000  # of a schedule, where nobody says how many records an epoch has; no shape depends on it
 
@@ -148,11 +146,8 @@ def compile_step(model: Model, load: Load) -> Compiled:
     with jax.set_mesh(mesh):
         trained, base = split(factory.abstract())
         given = {"base": base} | ({"teacher": model.teacher.abstract()} if model.teacher else {})
-        widths = factory.width, model.teacher.width if model.teacher else 0
-        steps = config.steps or _UNKNOWN_STEPS
-        losses = jax.eval_shape(lambda: loss_params(config, *widths))
-        optimizer = make_optimizer(config.optimizer, steps, {"model": trained, "loss": losses})
-        state = jax.eval_shape(lambda model: init_state(config, optimizer, model, *widths), trained)
+        first_state, step = build(config, factory, load.pair, config.steps or _UNKNOWN_STEPS, model.teacher)
+        state = jax.eval_shape(first_state, trained)
         batch = abstract_batch(load, config.batch_size, config.grad_cache, mesh)
         state, batch, given = (jax.tree.map(lambda x: _on(mesh, x), tree) for tree in (state, batch, given))
         held = {
@@ -161,7 +156,6 @@ def compile_step(model: Model, load: Load) -> Compiled:
             "given": _shard_bytes(given),
             "batch": _shard_bytes(batch),
         }
-        step = make_step(config, factory, optimizer, load.pair, steps, model.teacher)
         begun = time.perf_counter()
         lowered = jax.jit(step, donate_argnums=0).lower(state, batch, given)
         try:

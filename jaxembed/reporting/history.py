@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxembed.evaluation.report import MAIN_METRIC
 from jaxembed.metrics import iter_metrics
+from jaxembed.observing import rest
 from jaxembed.storage import AnyPath
 
 WARM_UP = 0.1  # of the steps: compilation falls there, so that speed is taken from the rest
@@ -49,11 +50,13 @@ class History:
       series: of each number by its name in metrics.jsonl.
       stages: the run's stages with the first step that was logged in each; empty for a run without.
       before: the last step that was logged before these; 0 for none.
+      rest: seconds that no line holds; see `jaxembed.observing.rest`.
     """
 
     series: Mapping[str, Series]
     stages: tuple[tuple[str, int], ...]
     before: int = 0
+    rest: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def read(cls, workdir: AnyPath, until: int | None = None) -> "History":
@@ -77,7 +80,7 @@ class History:
                     steps[name].append(step)
                     values[name].append(value)
         series = {name: Series(np.array(steps[name]), np.array(values[name])) for name in values}
-        return cls(series, tuple(stages.items()))
+        return cls(series, tuple(stages.items()), rest=rest.read(workdir, until))
 
     @property
     def last_step(self) -> int:

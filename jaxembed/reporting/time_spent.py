@@ -11,16 +11,19 @@ LEAST = 0.0005  # a smaller part is not named
 
 
 def seconds_by_part(history: History) -> dict[str, float]:
-    """Returns the seconds of each part up to the last line; nothing, where they were not logged."""
+    """Returns the seconds of each part; nothing, where they were not logged."""
+    if not history.series.keys() >= OF_A_STEP.keys():
+        return {}
     seconds = {}
+    logged = history.series["loss"].steps  # also by code that did not log these fields
+    of_lines = np.diff(logged, prepend=history.before)
     for name, part in OF_A_STEP.items():
-        if name in history.series:
-            steps, values = history.series[name]
-            seconds[part] = float(np.diff(steps, prepend=history.before) @ values)
+        steps, values = history.series[name]
+        seconds[part] = float(of_lines[np.isin(logged, steps)] @ values)
     for name, part in IN_ALL.items():
-        if name in history.series:
-            seconds[part] = float(history.series[name].values.sum())
-    return seconds
+        lines = history.series[name].values.sum() if name in history.series else 0.0
+        seconds[part] = float(lines) + history.rest.get(name, 0.0)
+    return {part: value for part, value in seconds.items() if value}
 
 
 def time_in_words(history: History) -> str:

@@ -5,17 +5,19 @@ minutes.
 """
 
 import importlib.util
+import os
 import pathlib
 
 import pytest
 from rich.console import Console
 
 from jaxembed.errors import UserError
-from jaxembed.plan import planned_config
+from jaxembed.plan import ENVIRONMENT, planned_config
 from jaxembed.planning import report
 from jaxembed.planning.planner import plan
 from jaxembed.planning.topology import parse
 
+os.environ.update(ENVIRONMENT)  # read where the compilers are loaded
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent.parent / "configs"
 
 

@@ -324,7 +324,8 @@ def test_slurm_queues_a_failed_run_again(place, srun, restarted, code, queued):
     done = place.run(copy, *RUN, "--", *FLAGS, DOES=f"[[ $0 != *srun ]] || exit {srun}", **slurm)
     assert done.returncode == code, done.stderr
     srun_words, *rest = place.runs()
-    assert srun_words[-len(TRAIN) :] == TRAIN and {"--kill-on-bad-exit=1", "--cpus-per-task=6"} <= set(srun_words)
+    assert srun_words[-len(TRAIN) :] == TRAIN
+    assert {"--kill-on-bad-exit=0", "--wait=60", "--cpus-per-task=6"} <= set(srun_words)
     assert rest == [["scontrol", "requeue", "7"]] * queued
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from jaxembed.errors import UserError
 from jaxembed.observing.clock import Clock
-from jaxembed.observing.profiling import Profile, parse
+from jaxembed.observing.profiling import Profile, parse, require
 
 
 def traced(folder):
@@ -33,9 +33,11 @@ def test_what_is_no_range_is_refused(text):
         parse(text)
 
 
-def test_steps_after_the_end_are_refused(tmp_path):
+def test_steps_after_the_end_are_refused():
     with pytest.raises(UserError, match="--profile=8:11: the run has 10 steps only"):
-        Profile(tmp_path, range(8, 11), 10, Clock(), print)
+        require(range(8, 11), 10)
+    require(range(8, 10), 10)
+    require(range(0), 10)
 
 
 def loop(profile, first, last):
@@ -52,7 +54,7 @@ def loop(profile, first, last):
 def test_the_steps_of_the_range_that_the_run_comes_by(tmp_path, first, last, steps):
     """All; what a restart left of them; none where they are over or it stops before."""
     said = []
-    profile = Profile(tmp_path, range(2, 5), 9, Clock(), said.append)
+    profile = Profile(tmp_path, range(2, 5), Clock(), said.append)
     loop(profile, first, last)
     profile.close()
     assert traced(tmp_path / "profile") == ([steps] if steps else [])

@@ -14,10 +14,11 @@ from tiny_run import sentence, tiny_config, write_lines, write_pairs
 
 from jaxembed.checkpoint import Checkpoints
 from jaxembed.data.loader import StepInfo
+from jaxembed.errors import UserError
 from jaxembed.hardware import chip_of
 from jaxembed.metrics import read_metrics
 from jaxembed.observing import clock as clock_module
-from jaxembed.observing import fields
+from jaxembed.observing import fields, rest
 from jaxembed.observing.clock import Clock, Phase
 from jaxembed.observing.goodput import KEY, STARTED
 from jaxembed.observing.memory import peak_bytes
@@ -101,6 +102,41 @@ def test_a_line_is_of_all_steps_since_the_line_before(now):
     assert meter.lap()["tokens_per_s"] == 2.5
 
 
+def test_saving_after_a_stage_is_told_by_the_next_line(now, tmp_path):
+    """Of the next stage, which has a meter of its own; after the run, by the file of the rest."""
+    clock = Clock()
+    observer = types.SimpleNamespace(clock=clock, goodput=types.SimpleNamespace(value=lambda: 0.5))
+    mesh = types.SimpleNamespace(size=4, local_devices=jax.devices()[:1])
+    lines = []
+    for stage in range(2):
+        meter = Meter(observer, mesh, Flops(), peak=0)
+        with clock.during(Phase.COMPUTE):
+            now.at += 2
+        meter.add(info(stage, 40))
+        lines.append(meter.lap())
+        with clock.during(Phase.CHECKPOINT):
+            now.at += 3 + stage
+    assert "checkpoint_s" not in lines[0] and lines[1]["checkpoint_s"] == 3 and lines[1]["step_s"] == 2
+    clock.step = 2
+    for _ in range(2):  # what is told once is told no more
+        rest.write(tmp_path, clock)
+    assert rest.read(tmp_path) == {"checkpoint_s": 4} and rest.read(tmp_path, until=1) == {}
+
+
+def test_the_first_call_of_a_program_is_compiling(now):
+    """It is in no part of the step, but in the speed: a line of that step alone has no other."""
+    clock = Clock()
+    observer = types.SimpleNamespace(clock=clock, goodput=types.SimpleNamespace(value=lambda: 0.5))
+    meter = Meter(observer, types.SimpleNamespace(size=4, local_devices=jax.devices()[:1]), Flops(), peak=0)
+    for phase, seconds in ((Phase.COMPILE, 9), (Phase.FIRST, 3), (Phase.HOST, 1)):
+        with clock.during(phase):
+            now.at += seconds
+    meter.add(info(0, 40))
+    line = meter.lap()
+    assert (line["compile_s"], line["compute_s"], line["host_s"]) == (12, 0, 1)
+    assert line["tokens_per_s"] == 10 and line["step_s"] == 4
+
+
 def test_utilisation_needs_the_chips_peak():
     kind = lambda name: np.array([types.SimpleNamespace(device_kind=name)] * 8)  # noqa: E731
     mesh = types.SimpleNamespace(size=8, devices=kind("NVIDIA H200").reshape(2, 4))
@@ -151,17 +187,27 @@ def test_a_real_run_says_where_its_time_went(run):
     of_steps = [line for step, line in lines.items() if step]
     for line in of_steps:
         parts = sum(line[name] for name in ("data_wait_s", "compute_s", "host_s"))
-        assert parts == pytest.approx(line["step_s"], rel=1e-6) and min(line["compute_s"], line["host_s"]) > 0
+        first = "compile_s" in line  # the first call is in the speed, but in no part
+        assert (parts < line["step_s"]) if first else (parts == pytest.approx(line["step_s"], rel=1e-6))
+        assert min(line["compute_s"], line["host_s"]) > 0
         assert line["tokens_per_s"] == pytest.approx(line["tokens"] / line["step_s"])  # every batch is alike
         assert line["tokens_per_s_per_chip"] == line["tokens_per_s"] / 2
         assert 0 < line["goodput"] < 1 and "mfu" not in line
     assert [step for step, line in lines.items() if "compile_s" in line] == [3]
-    assert [step for step, line in lines.items() if "checkpoint_s" in line] == [6, 9]  # the last one has no line after
+    assert [step for step, line in lines.items() if "checkpoint_s" in line] == [6, 9]  # after the last one comes none
+    assert rest.read(workdir).keys() == {"checkpoint_s"}
     assert [step for step, line in lines.items() if "eval_s" in line] == [0, 6, 12]
     whole = sum(seconds_by_part(History.read(workdir)).values())
-    productive = LOGGED_EVERY * sum(line["step_s"] for line in of_steps)
+    parts = ("data_wait_s", "compute_s", "host_s")
+    productive = LOGGED_EVERY * sum(line[name] for line in of_steps for name in parts)
     assert productive < whole < took
     assert 0.99 * productive / took < lines[12]["goodput"] < 1.01 * productive / whole
+
+
+def test_steps_to_trace_that_the_run_lacks_are_refused_first(config, tmp_path):
+    with pytest.raises(UserError, match="--profile=2:400: the run has 12 steps only"):
+        train_on(2, config, tmp_path / "run", profile=range(2, 400))
+    assert not {"data.json", "metrics.jsonl", STARTED} & {path.name for path in (tmp_path / "run").iterdir()}
 
 
 def test_its_steps_are_in_the_trace(run):

@@ -55,3 +55,22 @@ def test_a_run_that_did_not_log_them_is_reported_without(tmp_path):
     history = History.read(folder)
     assert not time_in_words(history) and not goodput_in_words(history) and not memory_in_words(history)
     assert "Goodput" not in report(RunRecord.read(folder))
+
+
+def test_steps_of_code_that_did_not_log_them_are_left_out(workdir):
+    """A run that went on with newer code: the first line with such fields is of the steps since the line before it."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines[0] = {name: value for name, value in lines[0].items() if name not in (*STEP, "compile_s")}
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    spent = seconds_by_part(History.read(workdir))
+    assert spent["computing"] == 5 * 2.5 and spent["waiting for data"] == 5 * 0.25
+
+
+def test_a_save_after_the_last_line_is_reported(workdir):
+    """Also where there was no other, and of each time that the run was told to stop."""
+    metrics = workdir / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"checkpoint_s"', '"other"'))
+    (workdir / "rest.jsonl").write_text('{"step": 5, "checkpoint_s": 2.0}\n{"step": 10, "checkpoint_s": 5.0}\n')
+    assert seconds_by_part(History.read(workdir))["saving"] == 7
+    assert seconds_by_part(History.read(workdir, until=9))["saving"] == 2
+    assert "saving 14.0%" in report(RunRecord.read(workdir))
