@@ -279,7 +279,7 @@ def open_base(workdir: AnyPath, init: str) -> tuple[Blueprint, Loader]:
         opened = _open(init)
     except UserError as error:
         base = f"its checkpoints hold adapters to config.model.init = {init!r}"
-        raise UserError(f"run:{workdir}: {base}, which cannot be opened: {error}") from error
+        raise type(error)(f"run:{workdir}: {base}, which cannot be opened: {error}") from error
     require_base(workdir, init, digest_of(init))
     return opened
 

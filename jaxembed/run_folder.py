@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxembed import config as config_lib
 from jaxembed.config import Config
-from jaxembed.errors import UserError
+from jaxembed.errors import StoreLost, UserError
 from jaxembed.storage import AnyPath, StorePath
 
 CONFIG = "config.json"
@@ -18,6 +18,7 @@ DATA = "data.json"  # what the run was trained on: see `trainer`
 
 # What is the disk's fault, by number, and as other libraries put it into words.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+STORE_WORDS = ("CURL error", "HTTP response", "kvstore")  # of tensorstore, which writes gs:// itself
 DISK_WORDS = tuple(os.strerror(number) for number in DISK_ERRORS)
 
 # Fields that may change between starts of one run: they do not enter the weights, or not by more than rounding.
@@ -84,16 +85,19 @@ def claim(workdir: AnyPath, config: Config, write: bool = True) -> None:
 
 @contextlib.contextmanager
 def disk_errors(workdir: AnyPath) -> Iterator[None]:
-    """Turns a full or broken disk into one clear line, whichever library runs into it.
+    """Turns a full or broken disk, or a lost store, into one clear line, whichever library runs into it.
 
     Raises:
       UserError: in the place of an error that is the disk's fault.
+      StoreLost: in the place of one that is the store's.
     """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
+        if isinstance(workdir, StorePath) and any(word in str(error) for word in STORE_WORDS):
+            raise StoreLost(f"{workdir}: cannot be reached: {str(error)[:300]}") from error
         said = next((words for words in DISK_WORDS if words in str(error)), None)
         if said is None and getattr(error, "errno", None) not in DISK_ERRORS:
             raise

@@ -3,6 +3,7 @@
 import gzip
 import importlib
 import json
+import pathlib
 import sys
 
 import numpy as np
@@ -27,7 +28,7 @@ from jaxembed.evaluation.sets import require_sets
 from jaxembed.evaluation.sts import read_sts
 from jaxembed.hf.writer import replacing
 from jaxembed.metrics import MetricsWriter, read_metrics
-from jaxembed.run_folder import claim
+from jaxembed.run_folder import claim, disk_errors
 from jaxembed.storage import StorePath, filling, local, path_of
 from jaxembed.train import require_files
 
@@ -312,3 +313,10 @@ def test_evaluation_sets(place):
     require_sets(EvalConfig(sts=(sts,), retrieval=(f"{place}/beir",), pairs=(pairs,), classification=(both,)), "--")
     with pytest.raises(UserError, match=r"--sts: no such file or folder: s3://"):
         require_sets(EvalConfig(sts=(f"{place}/none.jsonl",)), "--")
+
+
+def test_a_store_that_orbax_loses_is_no_mistake_of_the_users():
+    for workdir, kind in ((StorePath("gs://bucket/run"), StoreLost), (pathlib.Path("run"), ValueError)):
+        with pytest.raises(kind, match="CURL error") as raised, disk_errors(workdir):
+            raise ValueError("UNAVAILABLE: CURL error: Could not connect to server")
+        assert type(raised.value) is kind

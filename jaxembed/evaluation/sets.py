@@ -27,7 +27,7 @@ def require_sets(config: EvalConfig, prefix: str) -> None:
             try:
                 check(spec)
             except UserError as error:
-                raise UserError(f"{prefix}{kind}: {error}") from error
+                raise type(error)(f"{prefix}{kind}: {error}") from error
 
 
 def existing_file(spec: str) -> AnyPath:
