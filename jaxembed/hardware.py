@@ -72,6 +72,15 @@ CHIPS: tuple[Chip, ...] = (
     _gpu("h100", ("NVIDIA H100 80GB HBM3",), 81_559, 989e12, 3.35e12, 450e9, 50e9),
     _gpu("h200", ("NVIDIA H200",), 143_771, 989e12, 4.8e12, 450e9, 50e9),
     _gpu("b200", ("NVIDIA B200",), 183_359, 2250e12, 8.0e12, 900e9, 50e9),
+    # Known for MFU, not planned for. Dense rates with sums in float32; what has no NVLink sends over PCIe.
+    _gpu("gh200", ("NVIDIA GH200 480GB",), 97_871, 989e12, 4.0e12, 450e9, 50e9),
+    _gpu("h100-pcie", ("NVIDIA H100 PCIe",), 81_559, 756e12, 2.0e12, 64e9, 50e9),
+    _gpu("a100-40", ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"), 40_960, 312e12, 1.555e12, 300e9, 25e9),
+    _gpu("l40s", ("NVIDIA L40S",), 46_068, 362e12, 0.864e12, 32e9, 25e9),
+    _gpu("l4", ("NVIDIA L4",), 23_034, 121e12, 0.3e12, 32e9, 12.5e9),
+    _gpu("a6000", ("NVIDIA RTX A6000",), 49_140, 154.8e12, 0.768e12, 32e9, 12.5e9),
+    _gpu("rtx4090", ("NVIDIA GeForce RTX 4090",), 24_564, 165.2e12, 1.008e12, 32e9, 12.5e9),
+    _gpu("rtx5090", ("NVIDIA GeForce RTX 5090",), 32_607, 209.5e12, 1.792e12, 64e9, 12.5e9),
 )
 
 

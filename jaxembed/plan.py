@@ -8,7 +8,7 @@ GPUs (a100:1, h100:8, h200:16, b200:8) or virtual devices of this machine (cpu:8
 and GPUs: pip install -r requirements-aot.txt. No weights are read, and of the best-known models nothing is fetched.
 
 Without --data every text is taken to be as long as the config lets it be; with it, where the model's folder and the
-texts are at hand, lengths are theirs. Exit code 2 says that the step does not fit.
+texts are at hand, lengths are theirs. A step that does not fit ends with exit code 2 and the bytes missing.
 """
 
 import json
@@ -21,7 +21,7 @@ from ml_collections import config_flags
 from jaxembed import cli, config
 from jaxembed.errors import UserError
 from jaxembed.host_memory import keep_freed_memory
-from jaxembed.train import config_dict, source_of
+from jaxembed.train import config_dict, with_data
 
 # The compilers for TPUs and GPUs are plugins: the process itself runs on its CPU, and looks for no accelerator.
 ENVIRONMENT = {
@@ -47,10 +47,8 @@ def planned_config(asked: dict[str, Any], data: list[str]) -> config.Config:
     Raises:
       UserError: a config that cannot be.
     """
-    first = dict(asked["data"]["train"][0])
     if data:
-        asked["data"]["train"] = tuple(source_of(first, spec) for spec in data)
-        return config.load(asked)
+        return config.load(with_data(asked, data))
     for holder in (asked, *asked["stages"]):
         if sources := holder.get("data", {}).get("train"):
             holder["data"]["train"] = tuple({**source, "path": _ANY_FILE, **_NO_NAME} for source in sources)
@@ -70,8 +68,9 @@ def main() -> None:
     resolved = planned_config(config_dict(flag.config).to_dict(), flag.data)
     os.environ.update(ENVIRONMENT)
     keep_freed_memory()
-    if flag.topology.startswith("cpu:"):
-        os.environ["JAX_NUM_CPU_DEVICES"] = flag.topology.partition(":")[2]
+    kind, _, number = flag.topology.partition(":")
+    if kind == "cpu" and number.isdigit():  # `parse` answers to others
+        os.environ["JAX_NUM_CPU_DEVICES"] = number
     from rich.console import Console  # jax and all that: only once the config is known to be right
 
     from jaxembed.planning import report, topology

@@ -10,6 +10,7 @@ brackets: '--config.data.train[0].path=pairs.jsonl'. Started again with the same
 
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
@@ -36,15 +37,24 @@ def read_flags() -> tuple[config.Config, AnyPath]:
         raise UserError("--config is missing: name a config file, such as configs/finetune_pairs.py")
     if not flags.FLAGS.workdir:
         raise UserError("--workdir is missing: name the run's folder")
-    asked = config_dict(flags.FLAGS.config)
-    if flags.FLAGS.data:
-        for i, changes in enumerate(asked.stages):
-            if "train" in changes.get("data", {}):
-                raise UserError(f"--data: config.stages[{i}] has data of its own: set its data.train[0].path")
-        first = dict(asked.data.train[0]) if len(asked.data.train) else {}
-        asked = asked.to_dict()
-        asked["data"]["train"] = tuple(source_of(first, spec) for spec in flags.FLAGS.data)
+    asked = with_data(config_dict(flags.FLAGS.config).to_dict(), flags.FLAGS.data)
     return config.load(asked), path_of(flags.FLAGS.workdir)
+
+
+def with_data(asked: dict[str, Any], data: Sequence[str]) -> dict[str, Any]:
+    """Returns a config with the sources of --data, where there are any, in the place of its own.
+
+    Raises:
+      UserError: a stage of the config has its own data, or a source has no name.
+    """
+    if not data:
+        return asked
+    for i, changes in enumerate(asked["stages"]):
+        if "train" in changes.get("data", {}):
+            raise UserError(f"--data: config.stages[{i}] has data of its own: set its data.train[0].path")
+    sources = asked["data"]["train"]
+    first = dict(sources[0]) if sources else {}
+    return asked | {"data": asked["data"] | {"train": tuple(source_of(first, spec) for spec in data)}}
 
 
 def source_of(first: dict[str, Any], spec: str) -> dict[str, Any]:

@@ -139,12 +139,17 @@ class Program:
     def __init__(self, text: str, chips: int, row_length: int) -> None:
         self.computations, self.entry = _parse(text)
         self.chips, self.row_length = chips, row_length
-        self.uncounted_loops = 0
+        self._uncounted: set[str] = set()
 
     @functools.cached_property
     def work(self) -> list[Work]:
         """What is computed, instruction by instruction."""
         return list(self._work(self.entry, 1))
+
+    @property
+    def uncounted_loops(self) -> int:
+        """How many loops, met so far, do not say how often they run; they count once."""
+        return len(self._uncounted)
 
     @functools.cached_property
     def collectives(self) -> list[Collective]:
@@ -172,7 +177,7 @@ class Program:
         bounds = [lines[name].rest for name in root.operands if lines[name].opcode == "constant"]
         if root.opcode == "compare" and "direction=LT" in root.rest and bounds:
             return int(bounds[0])
-        self.uncounted_loops += 1
+        self._uncounted.add(loop.called("body"))
         return 1
 
     def _largest(self, names: Sequence[str]) -> str:
@@ -253,7 +258,8 @@ class Program:
                 kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind
                 group = self._group(line)
                 if len(group) > 1:
-                    yield Collective(kind, operands, group, started or line.opcode.endswith("-start"), times)
+                    alone = line.opcode.endswith("-start") and '"is_sync":true' not in line.rest
+                    yield Collective(kind, operands, group, started or alone, times)
             elif line.opcode != "fusion":
                 for called, often in inner:
                     yield from self._collectives(called, often)

@@ -14,6 +14,7 @@ from jaxembed import model_source
 from jaxembed.config import Config
 from jaxembed.data.batch import PairShape
 from jaxembed.data.rungs import rung_for
+from jaxembed.errors import UserError
 from jaxembed.model_source import Blueprint
 from jaxembed.planning import compiling, cpu_rates, roofline, shapes
 from jaxembed.planning.compiling import Load, Model
@@ -24,6 +25,7 @@ from jaxembed.planning.topology import Topology
 from jaxembed.stages import stages_of
 from jaxembed.training_data import open_data
 
+MEMORY_SHARE = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # jax's names, the newer one first
 _SAMPLED_STEPS = 64
 _XLA_DTYPES = {"bfloat16": "bf16", "float32": "f32"}
 
@@ -79,7 +81,11 @@ def chip_bytes(topology: Topology) -> int:
 
 def _share(topology: Topology) -> float:
     """Returns the part of a device's memory that jax takes."""
-    return float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")) if topology.chip.platform == "gpu" else 1.0
+    said = next((os.environ[name] for name in MEMORY_SHARE if name in os.environ), "0.75")
+    try:
+        return float(said) if topology.chip.platform == "gpu" else 1.0
+    except ValueError as error:
+        raise UserError(f"{MEMORY_SHARE[0]}={said!r}: wants a part of a GPU's memory, such as 0.9") from error
 
 
 def _longest(config: Config, mesh: jax.sharding.Mesh, blueprint: Blueprint) -> list[Load]:
@@ -108,7 +114,7 @@ def _loads(config: Config, mesh: jax.sharding.Mesh, blueprint: Blueprint) -> lis
 def _rates(topology: Topology, mesh: jax.sharding.Mesh, model: Model, blueprint: Blueprint) -> Rates:
     if topology.chip is None:
         return cpu_rates.measure(blueprint.backbone.width, *model.flops.heads, topology.shape[0])
-    return roofline.rates_of(topology.chip, mesh)
+    return roofline.rates_of(topology.chip, mesh, topology.shape)
 
 
 def _planned(stage: str, model: Model, load: Load, topology: Topology, rates: Rates) -> Planned:
@@ -157,15 +163,17 @@ def _assumptions(
         )
     if chip and chip.platform == "gpu":
         lines += [
-            f"jax takes {_share(topology):.0%} of the GPU's memory (XLA_PYTHON_CLIENT_MEM_FRACTION)",
+            f"jax takes {_share(topology):.0%} of the GPU's memory ({MEMORY_SHARE[0]})",
             "kernels are chosen without trying them out, and no cuBLAS or cuDNN: times and temporaries may differ",
         ]
+    if config.teacher.init:
+        lines.append("the teacher reads the model's own rows: with another tokenizer or other prompts it has its own")
     lines += [
         "an instruction takes the longer of its products and its memory traffic; instructions take turns",
         "collectives pass blocks round rings; those that are started early hide behind all other work",
         "attention kernels compute every block of a row; the XLA attention moves its scores through memory",
         "MFU counts the model's own operations on real tokens: no padding, no recomputation, no loss",
-        "data, checkpoints and evaluation never hold a step up",
+        "data, checkpoints and evaluation never hold a step up; what evaluation takes beside the state is not counted",
     ]
     loops = sum(p.program.uncounted_loops for p in planned if p.program)
     return lines + [f"{loops} loops whose length the program does not say count once"] * bool(loops)

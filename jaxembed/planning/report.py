@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Group
@@ -13,6 +13,18 @@ from jaxembed.errors import UserError
 from jaxembed.planning.compiling import Compiled, Load
 from jaxembed.planning.hlo import Program
 from jaxembed.planning.roofline import Estimate
+
+# Figures of a program, which only a step that compiles has.
+TIMED = (
+    "collective_bytes_per_step",
+    "collectives",
+    "hardware_flops_per_chip",
+    "step_seconds_estimate",
+    "seconds",
+    "pairs_per_s_estimate",
+    "tokens_per_s_estimate",
+    "mfu_estimate",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +87,7 @@ class Planned:
             "missing_bytes": self.missing,
             "model_flops_per_step": self.model_flops,
             "compile_seconds": round(self.compiled.seconds, 1),
-        }
+        } | dict.fromkeys(TIMED)  # null where the step does not compile
         if self.program and self.estimate:
             e = self.estimate
             said |= {
@@ -117,27 +129,27 @@ def tables(plans: Sequence[Planned], title: str, assumptions: Sequence[str]) -> 
     row("in all, GB", *(_gigabytes(p.compiled.used) for p in plans))
     row("the chip's, GB", *(_gigabytes(p.chip_bytes) if p.chip_bytes else "?" for p in plans))
     row("fits", *(f"no: {_gigabytes(p.missing)} missing" if p.missing else "yes" for p in plans), end=True)
-    timed = [p for p in plans if p.estimate]
-    if len(timed) == len(plans):
-        for kind in sorted({kind for p in timed for kind in p.sent}):
-            sent = [p.sent.get(kind, (0, 0.0, 0.0)) for p in timed]
-            row(f"{kind}: number, sent MB", *(f"{n:,}, {bytes_ / 1e6:,.1f}" for n, bytes_, _ in sent))
-        row(
-            "collectives' MB that may be hidden",
-            *(f"{sum(h for *_, h in p.sent.values()) / 1e6:,.1f}" for p in timed),
-            end=True,
-        )
-        row("model TFLOP", *(f"{p.model_flops / p.chips / 1e12:,.3f}" for p in timed))
-        row(
-            "products' TFLOP, recomputed and padding too", *(f"{p.hardware_flops / 1e12:,.3f}" for p in timed), end=True
-        )
-        for name in ("products", "memory", "network"):
-            row(f"{name} alone, s", *(f"{getattr(p.estimate, name):,.4f}" for p in timed))
-        row("a step, s", *(f"{p.estimate.step:,.4f}" for p in timed))
-        row("MFU", *(f"{p.mfu:.1%}" for p in timed))
-        row("pairs/s, all chips", *(f"{p.pairs / p.estimate.step:,.0f}" for p in timed))
+
+    def timed(name: str, figure: Callable[[Planned], str], end: bool = False) -> None:
+        row(name, *(figure(p) if p.estimate else "?" for p in plans), end=end)
+
+    for kind in sorted({kind for p in plans for kind in p.sent}):
+        timed(f"{kind}: number, sent MB", lambda p, kind=kind: _sent(p.sent.get(kind, (0, 0.0, 0.0))))
+    timed("collectives' MB that may be hidden", lambda p: f"{sum(h for *_, h in p.sent.values()) / 1e6:,.1f}", True)
+    row("model TFLOP", *(f"{p.model_flops / p.chips / 1e12:,.3f}" for p in plans))
+    timed("products' TFLOP, recomputed and padding too", lambda p: f"{p.hardware_flops / 1e12:,.3f}", True)
+    for name in ("products", "memory", "network"):
+        timed(f"{name} alone, s", lambda p, name=name: f"{getattr(p.estimate, name):,.4f}")
+    timed("a step, s", lambda p: f"{p.estimate.step:,.4f}")
+    timed("MFU", lambda p: f"{p.mfu:.1%}")
+    timed("pairs/s, all chips", lambda p: f"{p.pairs / p.estimate.step:,.0f}")
     lines = Text("Assumed:\n" + "\n".join(f"- {line}" for line in assumptions))
     return Group(table, lines)
+
+
+def _sent(of_kind: tuple[int, float, float]) -> str:
+    number, sent, _ = of_kind
+    return f"{number:,}, {sent / 1e6:,.1f}"
 
 
 def _gigabytes(n: int) -> str:

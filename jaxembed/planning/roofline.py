@@ -5,7 +5,7 @@ turns. Collectives pass blocks round rings, as in "How to scale your model" (jax
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 
@@ -72,31 +72,42 @@ def estimate(program: Program, rates: Rates) -> Estimate:
     return Estimate(products, memory, hidden + waited, exposed, on_chip + exposed)
 
 
-def rates_of(chip: Chip, mesh: jax.sharding.Mesh) -> Rates:
-    """Returns what a chip reaches among the others of a mesh."""
+def rates_of(chip: Chip, mesh: jax.sharding.Mesh, grid: Sequence[int]) -> Rates:
+    """Returns what a chip reaches among the others of a mesh, whose chips lie on a grid (of a torus)."""
     flops = {xla: OF_PRODUCTS * chip.flops[name] for xla, name in (("bf16", "bfloat16"), ("f32", "float32"))}
     devices = list(mesh.devices.flat)
-    ways = _ways_on_torus if chip.torus else _ways_of_nodes
 
     def network(collective: Collective) -> float:
-        return collective.sent_bytes / (OF_LINKS * ways(chip, [devices[i] for i in collective.group], collective.kind))
+        group = [devices[i] for i in collective.group]
+        ways = _ways_on_torus(chip, grid, group, collective.kind) if chip.torus else _ways_of_nodes(chip, group)
+        return collective.sent_bytes / (OF_LINKS * ways)
 
     return Rates(flops, 1.0, OF_MEMORY * chip.memory_bandwidth, LAUNCH_SECONDS[chip.platform], network)
 
 
-def _ways_on_torus(chip: Chip, group: list[jax.Device], kind: str) -> float:
+def _ways_on_torus(chip: Chip, grid: Sequence[int], group: list[jax.Device], kind: str) -> float:
     """Returns bytes a second that leave a chip towards the others of its group.
 
-    A group spans some axes of the grid. Along each, blocks go both ways where the axis closes to a ring, else one way
-    at a time. A permutation goes to one neighbour.
+    A group spans some axes of the grid. Along each, blocks go both ways where the axis closes to a ring and the group
+    takes all of it, else one way at a time. A permutation goes to one neighbour.
     """
     if kind == "collective-permute":
         return chip.link_bandwidth
     extents = [len({device.coords[axis] for device in group}) for axis in range(3)]
-    rings = [2 if extent % chip.closes == 0 else 1 for extent in extents if extent > 1]
+    whole_cubes = chip.torus == 2 or all(size % chip.closes == 0 for size in grid)
+    rings = [
+        2 if whole_cubes and extent % chip.closes == 0 and extent == size else 1
+        for extent, size in zip(extents, (*grid, 1))
+        if extent > 1
+    ]
     return chip.link_bandwidth * max(1, sum(rings))  # two cores of one chip share no less than a link
 
 
-def _ways_of_nodes(chip: Chip, group: list[jax.Device], kind: str) -> float:
-    """Returns bytes a second that leave a GPU: through its node's switch, or where a group spans nodes the network."""
-    return chip.network_bandwidth if len({device.process_index for device in group}) > 1 else chip.link_bandwidth
+def _ways_of_nodes(chip: Chip, group: list[jax.Device]) -> float:
+    """Returns bytes a second that leave a GPU: through its node's switch, or where a group spans nodes the network.
+
+    Over the border of a node, as many rings go side by side as the group has GPUs there, each with a card of its own.
+    """
+    nodes = len({device.process_index for device in group})
+    across = chip.network_bandwidth * (len(group) // nodes)
+    return min(chip.link_bandwidth, across) if nodes > 1 else chip.link_bandwidth

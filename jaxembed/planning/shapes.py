@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from jaxembed import model_source
+from jaxembed import checkpoint, model_source
 from jaxembed.config import AUTO, Config
 from jaxembed.config_check import TRAINED
 from jaxembed.data.tokenizer import Tokenizer
@@ -18,6 +18,7 @@ from jaxembed.hf.architectures import architecture, architecture_of
 from jaxembed.hf.hub import REPOSITORY
 from jaxembed.model_source import Blueprint
 from jaxembed.models.text_encoder import HeadConfig
+from jaxembed.storage import AnyPath, path_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,15 +148,16 @@ def open_shape(init: str, config: Config) -> Blueprint:
       UserError: it cannot be found.
     """
     kind, _, place = init.partition(":")
-    name, folder = place.partition("@")[0], pathlib.Path(place).expanduser()
+    name = place.partition("@")[0]
     if init == "scratch":
         arch = architecture(config.model.arch)
         hf_config = arch.fresh_hf_config(dict(config.model.shape), _tokens(config.tokenizer), "config.model.shape")
         return _blueprint(hf_config, arch.config_from_hf(hf_config).max_length)
     if kind == "run":
-        return Blueprint.load(pathlib.Path(name) / model_source.FOLDER)
+        return Blueprint.load(checkpoint.split(place)[0] / model_source.FOLDER)
+    folder = path_of(place)
     if folder.is_dir():
-        if any(folder.rglob("*.safetensors")):
+        if isinstance(folder, pathlib.Path) and any(folder.rglob("*.safetensors")):
             return model_source.open_folder(folder)[0]
         return _blueprint(_read(folder / "config.json"), 512)
     if shape := SHAPES.get(name):
@@ -199,7 +201,7 @@ def _tokens(tokenizer: str) -> Any:
     return Tokenizer.load(tokenizer)
 
 
-def _read(path: pathlib.Path) -> dict[str, Any]:
+def _read(path: AnyPath) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError as error:

@@ -12,11 +12,11 @@ from jaxembed import sharding
 from jaxembed.config import MeshConfig, nearest
 from jaxembed.errors import UserError
 from jaxembed.hardware import CHIPS, Chip
-from jaxembed.planning.gpu_targets import target_text
+from jaxembed.planning.gpu_targets import TARGETS, target_text
 
 CPU = "cpu"
 # Without v4, whose chips the compiler takes for two devices each, and jax on the machine for one.
-PLANNED = {chip.name: chip for chip in CHIPS if chip.name != "v4"}
+PLANNED = {chip.name: chip for chip in CHIPS if chip.name in TARGETS or (chip.torus and chip.name != "v4")}
 # What has XLA's compiler for a platform: its module.
 _COMPILERS = {"tpu": "libtpu", "gpu": "jax_plugins.xla_cuda13"}
 

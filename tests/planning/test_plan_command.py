@@ -112,3 +112,22 @@ def test_wrong_flags_answer_at_once():
     config = "--config=configs/quickstart.py:tiny"
     assert run(config) == "error: --topology is missing: name chips, such as v5e:4x4, h200:1 or cpu:1"
     assert run(config, "--topology=v9:1").startswith("error: --topology=v9:1: 'v9' is not one of v5e, v5p")
+    assert "cpu wants a number of devices" in run(config, "--topology=cpu:x")
+    assert "--data: config.stages[0] has data of its own" in run(
+        "--config=configs/weak_then_hard.py:tiny", "--topology=cpu:1", "--data=pairs.jsonl"
+    )
+
+
+def test_what_did_not_compile_has_no_figures_of_a_program(plan):
+    (step,) = plan.planned
+    refused = dataclasses.replace(
+        step, compiled=dataclasses.replace(step.compiled, missing=5), program=None, estimate=None
+    )
+    said = report.summary([step, refused])
+    assert not said["fits"]
+    assert said["collective_bytes_per_step"] is said["step_seconds_estimate"] is said["mfu_estimate"] is None
+    assert said["programs"][0]["step_seconds_estimate"] > 0
+    out = io.StringIO()
+    Console(file=out, width=120).print(report.tables([step, refused], "both", ()))
+    (line,) = (line for line in out.getvalue().splitlines() if "a step, s" in line)
+    assert line.split("│")[3].strip() == "?" != line.split("│")[2].strip()

@@ -61,17 +61,22 @@ def devices(shape):
         ("TPU v5 lite", (4, 4, 1), range(16), 2),  # short axes do not close
         ("TPU v5", (4, 4, 4), range(64), 6),
         ("TPU v5", (4, 4, 4), range(4), 2),
+        ("TPU v5", (4, 4, 8), range(4), 1),  # half of an axis is no ring
+        ("TPU v5", (2, 2, 4), range(4), 1),  # no whole cube, so no axis closes
     ],
 )
 def test_links_of_a_group_of_tpus(kind, shape, group, links):
     chip = chip_of(kind)
     collective = Collective("all-gather", 1000, tuple(group), False, 1)
-    seconds = roofline.rates_of(chip, devices(shape)).network(collective)
+    seconds = roofline.rates_of(chip, devices(shape), shape).network(collective)
     assert seconds == pytest.approx(collective.sent_bytes / (roofline.OF_LINKS * links * chip.link_bandwidth))
 
 
 def test_gpus_of_several_nodes_wait_for_the_network():
     chip = chip_of("NVIDIA H100 80GB HBM3")
-    network = roofline.rates_of(chip, devices((16, 1, 1))).network
+    network = roofline.rates_of(chip, devices((16, 1, 1)), (16,)).network
     inside, across = (network(Collective("all-reduce", 1000, group, False, 1)) for group in ((0, 7), (0, 8)))
     assert across / inside == pytest.approx(chip.link_bandwidth / chip.network_bandwidth)
+    # Of two whole nodes every GPU has a card of its own: together they carry nearly what a switch does.
+    whole = Collective("all-gather", 1000, tuple(range(16)), False, 1)
+    assert whole.sent_bytes / network(whole) == pytest.approx(roofline.OF_LINKS * 8 * chip.network_bandwidth)

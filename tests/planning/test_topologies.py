@@ -9,7 +9,7 @@ from jaxembed.config import MeshConfig
 from jaxembed.errors import UserError
 from jaxembed.hardware import CHIPS, chip_of
 from jaxembed.planning.gpu_targets import TARGETS, target_text
-from jaxembed.planning.topology import parse
+from jaxembed.planning.topology import PLANNED, parse
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,8 @@ def test_the_table_of_chips():
         assert bool(chip.torus) != bool(chip.node)  # a grid or a switch
         assert set(chip.flops) == {"bfloat16", "float32"}
         assert chip.flops["bfloat16"] > 50 * chip.memory_bandwidth > 50 * chip.link_bandwidth
-        assert (chip.name in TARGETS) == (chip.platform == "gpu")
+        assert (chip.name in PLANNED) == (chip.name in TARGETS or (bool(chip.torus) and chip.name != "v4"))
+    assert all(chip_of(kind).platform == "gpu" for kind in ("NVIDIA L4", "NVIDIA GeForce RTX 4090"))
 
 
 def test_descriptions_of_gpus():
