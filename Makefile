@@ -66,6 +66,8 @@ bench: setup
 	$(BIN)/python -m benchmarks.loss_memory
 	$(BIN)/python -m benchmarks.loss_time
 	$(BIN)/python -m benchmarks.train_cpu
+	$(BIN)/python -m benchmarks.plan_measured
+	$(BIN)/python -m benchmarks.loop_overhead
 	$(BIN)/python -m benchmarks.mteb_parity
 	$(BIN)/python -m benchmarks.wrong_inputs
 
