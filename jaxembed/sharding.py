@@ -142,6 +142,7 @@ def to_host(array: np.ndarray | jax.Array) -> np.ndarray:
     in_parts = array.ndim > 1 and array.sharding.spec[0] is None
     for part in range(len(array)) if in_parts else (slice(None),):
         gathered = _gathered_part(array, part) if in_parts else _gathered(array)
+        gathered.block_until_ready()  # in all processes: one that runs ahead has too many under way, and can hang
         if jax.process_index() == 0:
             whole[part] = np.asarray(gathered)
     return whole

@@ -39,11 +39,13 @@ def environment(devices: int, timeout: int = 60) -> dict[str, str]:
     }
 
 
-def start(processes: int, devices: int, commands: Sequence[Sequence[str]], timeout: int = 60) -> list[subprocess.Popen]:
-    """Starts a process for each command (`python ARGUMENTS`), as numbers 0, 1, … of a run of so many processes."""
+def start(
+    processes: int, devices: int, commands: Sequence[Sequence[str]], timeout: int = 60, first: int = 0
+) -> list[subprocess.Popen]:
+    """Starts a process for each command (`python ARGUMENTS`), as numbers `first`, … of a run of so many processes."""
     port = free_port()
     started = []
-    for process, command in enumerate(commands):
+    for process, command in enumerate(commands, first):
         env = environment(devices, timeout)
         if processes > 1:
             env |= {"JAXEMBED_COORDINATOR": f"localhost:{port}", "JAXEMBED_PROCESSES": str(processes)}
@@ -53,7 +55,7 @@ def start(processes: int, devices: int, commands: Sequence[Sequence[str]], timeo
     return started
 
 
-def finish(started: Sequence[subprocess.Popen], seconds: float = 240) -> list[Ended]:
+def finish(started: Sequence[subprocess.Popen], seconds: float = 600) -> list[Ended]:
     """Waits for all; one that takes longer is killed."""
     ended = []
     for process in started:

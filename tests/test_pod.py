@@ -180,7 +180,7 @@ def test_processes_that_are_not_about_to_run_the_same(folder, command):
 
 def test_more_processes_than_were_said(folder, command):
     common = [*command, f"--workdir={folder / 'different'}"]
-    (ended,) = finish(start(2, 1, [common, common, common])[2:])
+    (ended,) = finish(start(2, 1, [common], first=2))
     assert ended.code == 2 and "of 2 processes (JAXEMBED_PROCESSES) the last is 1" in ended.err
 
 
