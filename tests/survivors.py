@@ -7,6 +7,7 @@ import random
 import re
 import signal
 import subprocess
+import sys
 import time
 
 import psutil
@@ -42,7 +43,7 @@ class Launched:
         command = ["launch/local.sh", str(PROCESSES), f"--devices={DEVICES}", f"--config={config}"]
         command += [f"--workdir={workdir}", f"--restarts={restarts}"]
         # Local devices and the timeout are set by the launcher, from its own flags and environment.
-        surroundings = environment(DEVICES, timeout=9) | {"JAXEMBED_RESTART_PAUSE": "0", "PYTHON": PYTHON}
+        surroundings = environment(DEVICES, timeout=9) | {"JAXEMBED_RESTART_PAUSE": "0", "PYTHON": sys.executable}
         with self.log.open("a") as log:
             self.process = subprocess.Popen(command, cwd=ROOT, env=surroundings, stdout=log, stderr=log)
 
@@ -81,9 +82,6 @@ class Launched:
             return False
         rng.choice(victims).send_signal(number)
         return True
-
-
-PYTHON = str(ROOT / ".venv" / "bin" / "python") if (ROOT / ".venv").exists() else "python"
 
 
 def newest(workdir: pathlib.Path) -> int:
