@@ -31,6 +31,21 @@ class LoraConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExpertsConfig:
+    """Mixtures of experts: how a dense checkpoint becomes one, which expert a token takes, how they are computed."""
+
+    upcycle: int = 0  # make a dense checkpoint sparse: copies of each feed-forward part; 0 = the model as it is
+    top_k: int = 2  # of an upcycled model: experts that a token takes
+    every: int = 1  # … which layers become sparse: every N-th, the N-th first; or
+    layers: tuple[int, ...] = ()  # … these, counted from 0; () = by `every`
+    router_noise: float = 0.02  # … standard deviation of the fresh routers' weights; their mean is zero
+    routing: str = "token"  # 'token' takes its experts | 'expert_choice': they take tokens, in training | 'source'
+    served: int = 0  # routing 'source': the expert (= the source's number) of texts outside of training
+    kernel: str = AUTO  # of the grouped products: 'blocks' | 'ragged'; 'auto' = the device's own
+    capacity: float = 1.25  # what a device sends to another at once, as a multiple of the balanced share
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The encoder: where its weights come from, and how token states become one vector."""
 
@@ -46,6 +61,9 @@ class ModelConfig:
     pool_layers: int = -1  # pool a trained weighted mean of the states of layer N (0 = embeddings) and above; -1 = last
     template: str = ""  # 'prompt_eol', 'echo' or a text with {text} in it (twice: echo); '' = the text alone
     lora: LoraConfig = LoraConfig()
+    experts: ExpertsConfig = ExpertsConfig()
+    moee: str = ""  # vectors of routing weights (MoEE): 'alone', 'concat' or 'sum' with the states'; '' = not used
+    moee_weight: float = 1.0  # of the routing weights' similarity in 'sum'
     pool_prompt: bool = True  # False leaves the prompt's tokens out of the pooled vector
     normalize: bool = True  # unit-length vectors
     projection: int = 0  # width of a linear layer after pooling; 0 = the folder's own, or none
@@ -170,6 +188,14 @@ class TeacherConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RouterConfig:
+    """What the routers of a mixture of experts add to the loss."""
+
+    balance: float = 0.01  # weight of the load balance, which is 1 where all experts are taken alike
+    z: float = 0.0  # weight of the mean square of the router's log-sum-exp
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """Any optax optimizer by name, its schedule, and what it touches."""
 
@@ -235,6 +261,7 @@ class Config:
     losses: tuple[LossConfig, ...] = ()  # several, summed by their weights; () = `loss` alone
     matryoshka: MatryoshkaConfig = MatryoshkaConfig()
     teacher: TeacherConfig = TeacherConfig()
+    router: RouterConfig = RouterConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     grad_cache: int = 1  # micro-batches per step (GradCache); 1 = off
@@ -259,6 +286,9 @@ CHOICES = {
     "model.param_dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
     "model.attention_kernel": (AUTO, "xla", "pallas"),
+    "model.experts.routing": ("token", "expert_choice", "source"),
+    "model.experts.kernel": (AUTO, "blocks", "ragged"),
+    "model.moee": ("", "alone", "concat", "sum"),
     "data.on_bad_record": ("error", "skip"),
     "data.train[].source": (AUTO, "jsonl", "parquet", "tfds", "hf"),
     "data.train[].format": ("jaxembed", "st", "flagembedding", "tevatron", "texts"),

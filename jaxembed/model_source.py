@@ -30,6 +30,7 @@ from jaxembed.hf.peft import linear_layers
 from jaxembed.hf.safetensors_io import open_tensors, write_tensors
 from jaxembed.hf.weights import backbone_leaves, head_leaves, unused_tensors
 from jaxembed.hf.word_rules import require_cut
+from jaxembed.models.layers.routing import ExpertOptions
 from jaxembed.models.lora import Lora, is_adapter, merge
 from jaxembed.models.options import ModelOptions
 from jaxembed.models.text_encoder import (
@@ -146,7 +147,9 @@ class Blueprint:
 
 def options(model: ModelConfig) -> ModelOptions:
     """Returns how the config wants the model computed."""
-    return ModelOptions(**{f.name: getattr(model, f.name) for f in dataclasses.fields(ModelOptions)})
+    said = {f.name: getattr(model, f.name) for f in dataclasses.fields(ModelOptions)}
+    c = model.experts
+    return ModelOptions(**said | {"experts": ExpertOptions(c.routing == "expert_choice", c.kernel, c.capacity)})
 
 
 def open_source(c: Config, workdir: AnyPath) -> tuple[Blueprint, Loader]:

@@ -27,6 +27,7 @@ TABLE: dict[str | None, str | tuple[str, ...] | None] = {
     "embed": "fsdp",
     "heads": "tensor",
     "mlp": "tensor",
+    "experts": "expert",
 }
 
 

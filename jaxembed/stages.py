@@ -24,6 +24,7 @@ CHANGEABLE = (
     "loss",
     "losses",
     "matryoshka",
+    "router",
     "optimizer",
     "model.dropout",
     "model.attention_dropout",

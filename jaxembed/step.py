@@ -12,10 +12,12 @@ from jaxembed.config import Config
 from jaxembed.data.batch import Batch, PairShape, Rows
 from jaxembed.losses.embedded import Embedded
 from jaxembed.losses.objective import loss_params, objective
+from jaxembed.losses.router import router_loss
 from jaxembed.models.layers.dropout import Noise, step_seed
+from jaxembed.models.layers.routing import RouterSums
 from jaxembed.models.text_encoder import ModelFactory, Params, join, split
 from jaxembed.optimizer import freeze, make_optimizer, rate_factors, schedule
-from jaxembed.sharding import BATCH, batch_shards
+from jaxembed.sharding import BATCH, MICRO_ROWS, batch_shards
 
 Metrics = dict[str, jax.Array]
 # Parameters that a step reads and leaves as they are, and that no checkpoint holds: the 'base' that the model's
@@ -72,18 +74,20 @@ def make_loss(
     A teacher sees the texts without dropout, and has no gradient.
     """
     m = config.model
-    uses_noise = max(m.dropout, m.attention_dropout, m.lora.dropout) > 0
+    uses_noise = max(m.dropout, m.attention_dropout, m.lora.dropout) > 0 or m.experts.routing == "expert_choice"
     layers = config.matryoshka.layers
 
     def loss(params: Params, batch: Batch, step: jax.Array, given: Given) -> tuple[jax.Array, Metrics]:
         seed = step_seed(config.seed, step)
         n = batch.queries.pair.shape[0]
         model = join(params["model"], given.get("base", {}))
-        vectors = encode(factory, model, batch.rows, n, pair.texts, seed if uses_noise else None, layers)
+        rows = _with_sources(batch, pair) if m.experts.routing == "source" else batch.rows
+        vectors, routers = encode(factory, model, rows, n, pair.texts, seed if uses_noise else None, layers)
         taught_queries = taught_documents = None
         if teacher:
             rows = batch.rows if batch.teacher_rows is None else batch.teacher_rows
-            (taught_queries,), (others,) = jax.lax.stop_gradient(encode(teacher, given["teacher"], rows, n, pair.texts))
+            taught, _ = jax.lax.stop_gradient(encode(teacher, given["teacher"], rows, n, pair.texts))
+            (taught_queries,), (others,) = taught
             taught_documents = others[:, : pair.documents]
         embedded = [
             Embedded(
@@ -99,9 +103,23 @@ def make_loss(
             )
             for queries, others in zip(*vectors)
         ]
-        return objective(config, params["loss"], embedded)
+        value, metrics = objective(config, params["loss"], embedded)
+        if routers is not None:
+            added, said = router_loss(routers, config.router)
+            value, metrics = value + added, metrics | said
+        return value, metrics
 
     return loss
+
+
+def _with_sources(batch: Batch, pair: PairShape) -> Rows:
+    """Returns the rows, in which every token knows the data source of its text."""
+    n = batch.queries.pair.shape[0]
+    pairs, sources = (jax.sharding.reshard(x, P(None)) for x in (batch.queries.pair, batch.queries.source))
+    by_pair = jnp.zeros(n, jnp.int32).at[jnp.where(pairs < 0, n, pairs)].set(sources, mode="drop")
+    numbers = jnp.maximum(batch.rows.segment_ids - 1, 0) // pair.texts
+    source = by_pair.at[numbers].get(out_sharding=MICRO_ROWS, mode="promise_in_bounds")
+    return dataclasses.replace(batch.rows, source=source)
 
 
 def encode(
@@ -112,7 +130,7 @@ def encode(
     texts_per_pair: int,
     seed: jax.Array | None = None,
     layers: tuple[int, ...] = (),
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[tuple[jax.Array, jax.Array], RouterSums | None]:
     """Encodes a batch, one micro-batch at a time.
 
     With several micro-batches this is gradient caching (Gao et al. 2021, arXiv:2101.06983): each is checkpointed, so
@@ -129,20 +147,21 @@ def encode(
 
     Returns:
       float32 vectors of the queries [1 + depths, N, E] and of what comes with each [1 + depths, N, T - 1, E], sharded
-      by pair, in the order of the batch's Texts: the full backbone's first, then those of `layers`.
+      by pair, in the order of the batch's Texts: the full backbone's first, then those of `layers`. Beside these, what
+      the routers of sparse layers did with all texts, None where there are none.
     """
     micro_batches = rows.tokens.shape[0]
     n_queries = n_pairs // (batch_shards(jax.sharding.get_abstract_mesh()) * micro_batches)
 
-    def encode_rows(rows: Rows) -> jax.Array:
+    def encode_rows(rows: Rows) -> tuple[jax.Array, RouterSums | None]:
         noise = None if seed is None else Noise(seed, rows.segment_ids, rows.positions)
         return factory.bind(model).at_depths(rows, n_queries * texts_per_pair, noise, layers)
 
     if micro_batches == 1:
-        vectors = encode_rows(jax.tree.map(lambda x: x[0], rows))[None]
+        vectors, routers = jax.tree.map(lambda x: x[None], encode_rows(jax.tree.map(lambda x: x[0], rows)))
     else:
         body = jax.checkpoint(encode_rows, prevent_cse=False)
-        _, vectors = jax.lax.scan(lambda _, rows: (None, body(rows)), None, rows)
+        _, (vectors, routers) = jax.lax.scan(lambda _, rows: (None, body(rows)), None, rows)
     # [M, V, S, slots, E] → [V, S, M, slots, E]: the order of Texts. A bin holds its queries, then what comes with them.
     by_shard = vectors.transpose(1, 2, 0, 3, 4)
     depths, *_, width = by_shard.shape
@@ -150,7 +169,8 @@ def encode(
     # Said, because what of several dimensions of size 1 was sharded cannot be told from the shapes.
     by_query = jax.lax.reshape(queries, (depths, n_pairs, width), out_sharding=P(None, BATCH, None))
     others_shape, others_spec = (depths, n_pairs, texts_per_pair - 1, width), P(None, BATCH, None, None)
-    return by_query, jax.lax.reshape(others, others_shape, out_sharding=others_spec)
+    by_query = by_query, jax.lax.reshape(others, others_shape, out_sharding=others_spec)
+    return by_query, jax.tree.map(lambda x: x.sum(0), routers)
 
 
 def build(

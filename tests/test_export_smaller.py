@@ -52,7 +52,7 @@ def at_depth(model, texts, layers):
     packed = tiny_models.pack(model.blueprint.tokenizer.encode(texts, 40), tiny_models.alone(texts), 40)
 
     def encode(params, rows):
-        return model.factory.bind(params).at_depths(rows, packed.slots, None, (layers,))[1]
+        return model.factory.bind(params).at_depths(rows, packed.slots, None, (layers,))[0][1]
 
     with jax.set_mesh(model.mesh):
         vectors = np.asarray(jax.jit(encode)(model.params, tiny_models.put_rows(packed.rows)))

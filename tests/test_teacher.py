@@ -104,7 +104,7 @@ def test_vectors_of_a_batch_are_those_of_the_teacher_alone(folder, teachers, nam
         on_mesh = at.data.to_device(batch, at.mesh)
         rows = on_mesh.rows if on_mesh.teacher_rows is None else on_mesh.teacher_rows
         run = jax.jit(lambda params, rows: encode(at.teacher.factory, params, rows, plan.batch_size, pair.texts))
-        queries, documents = (np.asarray(x)[0] for x in run(params, rows))
+        queries, documents = (np.asarray(x)[0] for x in run(params, rows)[0])
 
     step, texts = plan.step(3), texts_of(at.config)
     numbers, source = step.texts_BxT[batch.queries.pair], step.source_B[batch.queries.pair]

@@ -65,6 +65,7 @@ class Rows:
         spans, or none.
       prompt_mask: bool, True for the tokens of a prompt (with the special token before them), which
         `pool_prompt = False` leaves out of pooling.
+      source: int32, the data source of each token's text, where it says which expert the text goes to; else None.
     """
 
     tokens: Array
@@ -72,6 +73,7 @@ class Rows:
     positions: Array
     span_ids: Array
     prompt_mask: Array
+    source: Array | None = None
 
 
 @jax.tree_util.register_dataclass

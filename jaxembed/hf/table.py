@@ -104,12 +104,14 @@ class Row:
       ours: the leaf's path, joined by '/'.
       transform: how a layer's axes are turned.
       first: the first layer that has the tensor; the leaf of those before is zero, and not used.
+      at: the numbers of the layers that have the tensor, the leaf being stacked over these alone; () = all layers.
     """
 
     hf: str
     ours: str
     transform: Transform = Same()
     first: int = 0
+    at: tuple[int, ...] = ()
 
     @property
     def parts(self) -> tuple[tuple[str, Transform], ...]:
@@ -121,9 +123,13 @@ class Row:
         """Whether the leaf holds all layers."""
         return "{i}" in self.hf
 
+    def depth(self, layers: int) -> int:
+        """Returns over how many layers a stacked leaf is stacked, of a model with so many."""
+        return len(self.at) or layers
+
     def names(self, layers: int) -> list[str]:
         """Returns the names of the tensors, in the order of the layers."""
-        return [self.hf.format(i=i) for i in range(self.first, layers)] if self.stacked else [self.hf]
+        return [self.hf.format(i=i) for i in self.at or range(self.first, layers)] if self.stacked else [self.hf]
 
     def layer_shape(self, shape: Shape) -> Shape:
         """Returns the shape of one layer of a leaf of this shape."""
@@ -225,8 +231,9 @@ def import_leaves(
         problems += [f"the model has no leaf {ours} for the tensors {row.hf}" for ours in absent]
         if absent:
             continue
-        if row.stacked and shapes[row.ours][0] != layers:
-            raise ValueError(f"leaf {row.ours} of shape {shapes[row.ours]} is not stacked over {layers} layers")
+        if row.stacked and shapes[row.ours][0] != row.depth(layers):
+            depth = row.depth(layers)
+            raise ValueError(f"leaf {row.ours} of shape {shapes[row.ours]} is not stacked over {depth} layers")
         wanted = {ours: t.hf_shape(row.layer_shape(tuple(shapes[ours]))) for ours, t in row.parts}
         first, *others = wanted.values()
         whole = (first[0] + sum(shape[0] for shape in others), *first[1:]) if others else first
@@ -310,7 +317,7 @@ def export_tensors(rows: Sequence[Row], leaves: Mapping[str, Any], layers: int) 
     if leaves_of(rows) != set(leaves):
         odd = sorted(leaves_of(rows) ^ set(leaves))
         raise ValueError(f"leaves without a row of the table, or rows without a leaf: {', '.join(odd)}")
-    if any(leaves[ours].shape[0] != layers for ours in leaves_of(rows, stacked_only=True)):
+    if any(leaves[ours].shape[0] != row.depth(layers) for row in rows if row.stacked for ours, _ in row.parts):
         raise ValueError(f"stacked leaves do not hold {layers} layers")
     return _export(rows, leaves, layers)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 
 from jaxembed import sharding
+from jaxembed.models.layers.routing import ExpertOptions, Routed
 
 REMAT: dict[str, Callable | None] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -24,6 +25,7 @@ class ModelOptions:
     unroll: int = 0
     dropout: float = 0.0
     attention_dropout: float = 0.0
+    experts: ExpertOptions = dataclasses.field(default_factory=ExpertOptions)
 
     def layers_per_iteration(self, layers: int) -> int:
         """How many layers an iteration of the layer scan holds."""
@@ -46,7 +48,9 @@ class TokenStates:
       chosen: the states of the layers asked for [n, R, L, D], or None: as the next layer reads them, but for the last
         layer's, which are `last`. A backbone's `finish` makes of an earlier layer's what they would be if it were the
         last.
+      routed: what the routers of sparse layers say, stacked over these; None where there are none.
     """
 
     last: jax.Array
     chosen: jax.Array | None
+    routed: Routed | None = None

@@ -14,8 +14,9 @@ from jaxembed.data.batch import Rows
 from jaxembed.models.latent_attention import LatentAttention
 from jaxembed.models.layers.dropout import Noise
 from jaxembed.models.layers.linear import Linear
+from jaxembed.models.layers.routing import RouterSums
 from jaxembed.models.lora import Lora, attach, is_adapter
-from jaxembed.models.options import ModelOptions
+from jaxembed.models.options import ModelOptions, TokenStates
 from jaxembed.models.pooling import LayerMean, pool
 from jaxembed.sharding import BATCH
 
@@ -105,9 +106,11 @@ class TextEncoder(nnx.Module):
 
     def __call__(self, rows: Rows, slots: int, noise: Noise | None = None) -> jax.Array:
         """Returns the vectors of the rows' spans: float32 [S, slots, E] for S batch shards."""
-        return self.at_depths(rows, slots, noise, ())[0]
+        return self.at_depths(rows, slots, noise, ())[0][0]
 
-    def at_depths(self, rows: Rows, slots: int, noise: Noise | None, layers: tuple[int, ...]) -> jax.Array:
+    def at_depths(
+        self, rows: Rows, slots: int, noise: Noise | None, layers: tuple[int, ...]
+    ) -> tuple[jax.Array, RouterSums | None]:
         """Returns the spans' vectors made of the last layer's states, and of those after each of some layers.
 
         A model cut to its first i layers has the vectors of layer i (2D Matryoshka, Li et al. 2024, arXiv:2402.14776;
@@ -120,18 +123,20 @@ class TextEncoder(nnx.Module):
           layers: depths, counted from 1; none where the head mixes layers.
 
         Returns:
-          float32 [1 + len(layers), S, slots, E]: the whole model's vectors, then each depth's.
+          float32 [1 + len(layers), S, slots, E]: the whole model's vectors, then each depth's; and what the routers
+          did, stacked over sparse layers, None where there are none.
         """
         depth = self.backbone.config.layers
         if self.head.pool_layers >= 0:
             states = self.backbone(rows, noise, tuple(range(self.head.pool_layers, depth + 1)))
-            return self._vectors(self.layer_mean(states.chosen), rows, slots)[None]
+            return self._vectors(self.layer_mean(states.chosen), rows, slots)[None], _sums(states)
         states = self.backbone(rows, noise, layers)
         chosen = [
             hidden if i == depth else self.backbone.finish(hidden)
             for i, hidden in zip(layers, states.chosen if layers else ())
         ]
-        return jnp.stack([self._vectors(hidden, rows, slots) for hidden in (states.last, *chosen)])
+        vectors = jnp.stack([self._vectors(hidden, rows, slots) for hidden in (states.last, *chosen)])
+        return vectors, _sums(states)
 
     def _vectors(self, hidden_RxLxD: jax.Array, rows: Rows, slots: int) -> jax.Array:
         """Applies the head to token states: float32 [S, slots, E]."""
@@ -144,6 +149,10 @@ class TextEncoder(nnx.Module):
         if self.head.projection:
             vectors = self.projection(vectors, P(BATCH, None, None))
         return l2_normalize(vectors) if self.head.normalize else vectors
+
+
+def _sums(states: TokenStates) -> RouterSums | None:
+    return None if states.routed is None else states.routed.sums
 
 
 def l2_normalize(x: jax.Array) -> jax.Array:

@@ -10,18 +10,22 @@ in its last layers only (BeLLM, Li & Li 2024, arXiv:2311.05296).
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxembed import sharding
 from jaxembed.data.batch import Rows
 from jaxembed.models.layers.attention import HEADS, AttentionSpec, attention
 from jaxembed.models.layers.dropout import Noise, dropout, layer_place
+from jaxembed.models.layers.experts import Experts
 from jaxembed.models.layers.linear import Embedding, Linear, RMSNorm
 from jaxembed.models.layers.mlp import Mlp
 from jaxembed.models.layers.rope import RopeConfig, Tables, rope_tables, rotate
+from jaxembed.models.layers.routing import ExpertsShape, Routed
 from jaxembed.models.layers.stack import apply_layers, finished
 from jaxembed.models.options import ModelOptions, TokenStates, per_layer
 
@@ -62,6 +66,8 @@ class TransformerConfig:
       score_scale: of attention's scores; 0 = 1 / sqrt(K).
       softcap: bound of attention's scores; 0 = none.
       initializer_range: standard deviation of fresh weights.
+      experts: those of sparse layers; None where there are no such layers.
+      sparse: whether layers are sparse, one value for all or one for each.
     """
 
     vocab_size: int
@@ -89,6 +95,8 @@ class TransformerConfig:
     score_scale: float = 0.0
     softcap: float = 0.0
     initializer_range: float = 0.02
+    experts: ExpertsShape | None = None
+    sparse: tuple[bool, ...] = (True,)
 
     @property
     def padded_vocab(self) -> int:
@@ -96,12 +104,24 @@ class TransformerConfig:
         return -(-self.vocab_size // 128) * 128
 
 
+# The stacks of layers, by their names in the model.
+LAYERS = "layers"  # what all layers have
+DENSE, SPARSE = "mlps", "experts"  # the feed-forward parts, in models with sparse layers
+
+
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What is static about a layer: what its attention sees, and which rotary positions it has."""
+    """What is static about a layer.
+
+    Attributes:
+      spec: what its attention sees.
+      rope: which rotary positions it has.
+      part: where its feed-forward part lies: LAYERS, or in a model with sparse layers DENSE or SPARSE.
+    """
 
     spec: AttentionSpec
     rope: RopeConfig
+    part: str
 
 
 class Attention(nnx.Module):
@@ -137,15 +157,19 @@ class Attention(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """One block: each sub-layer reads its normalised input, and is added to it."""
+    """One block: each sub-layer reads its normalised input, and is added to it.
+
+    In models with sparse layers the feed-forward part lies elsewhere.
+    """
 
     def __init__(self, key: jax.Array, config: TransformerConfig, dtype: jnp.dtype) -> None:
         c = config
-        keys, stddevs, biases = jax.random.split(key, 2), (c.initializer_range,) * 2, (c.mlp_bias,) * 2
+        keys = jax.random.split(key, 2)
         self.attention_norm = _norm(c, c.width, dtype)
         self.attention = Attention(keys[0], c, dtype)
         self.mlp_norm = _norm(c, c.width, dtype)
-        self.mlp = Mlp(keys[1], c.width, c.mlp_width, c.activation, stddevs, dtype, gated=True, biases=biases)
+        if c.experts is None:
+            self.mlp = _mlp(keys[1], c, dtype)
         self.sandwich = c.sandwich
         if c.sandwich:
             self.attention_out_norm, self.mlp_out_norm = (_norm(c, c.width, dtype) for _ in range(2))
@@ -156,15 +180,21 @@ class Layer(nnx.Module):
         rows: Rows,
         tables: Tables,
         spec: AttentionSpec,
-        rate: float,
+        options: ModelOptions,
         noise: Noise | None,
         index: jax.Array,
-    ) -> jax.Array:
-        place = layer_place(index)
+        part: Mlp | Experts | None = None,
+    ) -> tuple[jax.Array, Routed | None]:
+        """Returns its output, and what its router did; `part` is its feed-forward part, where that lies elsewhere."""
+        place, rate, routed = layer_place(index), options.dropout, None
         out = self.attention(self.attention_norm(x), rows, tables, spec, noise, place)
         x += dropout(self.attention_out_norm(out) if self.sandwich else out, rate, noise, place + 1)
-        out = self.mlp(self.mlp_norm(x), noise, place)
-        return x + dropout(self.mlp_out_norm(out) if self.sandwich else out, rate, noise, place + 2)
+        normed = self.mlp_norm(x)
+        if isinstance(part, Experts):
+            out, routed = part(normed, rows, options.experts, noise, place)
+        else:
+            out = (part or self.mlp)(normed, noise, place)
+        return x + dropout(self.mlp_out_norm(out) if self.sandwich else out, rate, noise, place + 2), routed
 
 
 class Transformer(nnx.Module):
@@ -176,7 +206,7 @@ class Transformer(nnx.Module):
       options: how to compute.
 
     Raises:
-      UserError: the mesh's `tensor` does not divide the heads or the MLP.
+      UserError: the mesh's `tensor` does not divide the heads or the MLP, or `expert` the experts.
     """
 
     def __init__(self, key: jax.Array, config: TransformerConfig, options: ModelOptions) -> None:
@@ -185,6 +215,15 @@ class Transformer(nnx.Module):
         self.token = Embedding(keys[0], config.padded_vocab, config.width, config.initializer_range, dtype, "vocab")
         self.layers = jax.vmap(lambda k: Layer(k, config, dtype))(jax.random.split(keys[1], config.layers))
         self.norm = _norm(config, config.width, dtype)
+        if config.experts is not None:
+            sparse = per_layer(config.sparse, config.layers)
+            of_part = jax.random.split(jax.random.fold_in(keys[1], 1), config.layers)
+            stddevs = (config.initializer_range,) * 2
+            self.experts = jax.vmap(lambda k: Experts(k, config.width, config.experts, stddevs, dtype))(
+                of_part[np.array(sparse)]
+            )
+            if not all(sparse):
+                self.mlps = jax.vmap(lambda k: _mlp(k, config, dtype))(of_part[~np.array(sparse)])
         self.config = config
         self.options = options
 
@@ -209,10 +248,14 @@ class Transformer(nnx.Module):
         kinds = _kinds(config, options, rows.tokens.shape[1])
         tables = {kind.rope: rope_tables(kind.rope, rows.positions, rows.segment_ids) for kind in kinds}
 
-        def apply(x: jax.Array, layer: Layer, index: jax.Array, kind: Kind) -> jax.Array:
-            return layer(x, rows, tables[kind.rope], kind.spec, options.dropout, noise, index)
+        def apply(x: jax.Array, layer: Layer, index: jax.Array, *part: Mlp | Experts, kind: Kind) -> Any:
+            out = layer(x, rows, tables[kind.rope], kind.spec, options, noise, index, *part)
+            return out if part else out[0]
 
-        states = apply_layers(self.layers, x, kinds, apply, options, chosen)
+        parts = None
+        if config.experts is not None:
+            parts = {name: getattr(self, name) for name in (DENSE, SPARSE) if hasattr(self, name)}
+        states = apply_layers(self.layers, x, kinds, apply, options, chosen, parts)
         return finished(states, chosen, config.layers, self.finish)
 
     def finish(self, hidden_RxLxD: jax.Array) -> jax.Array:
@@ -223,7 +266,8 @@ class Transformer(nnx.Module):
 def _kinds(config: TransformerConfig, options: ModelOptions, length: int) -> Sequence[Kind]:
     """Returns the kind of each layer, in rows of this length: a window that no text exceeds makes no difference."""
     kinds = []
-    for mode, local in zip(*(per_layer(values, config.layers) for values in (config.attention, config.local))):
+    said = config.attention, config.local, config.sparse if config.experts else (False,)
+    for mode, local, sparse in zip(*(per_layer(values, config.layers) for values in said)):
         reach = config.window.bidirectional if mode == "bidirectional" else config.window.causal
         spec = AttentionSpec(
             mode=mode,
@@ -233,8 +277,14 @@ def _kinds(config: TransformerConfig, options: ModelOptions, length: int) -> Seq
             kernel=options.attention_kernel,
             dropout=options.attention_dropout,
         )
-        kinds.append(Kind(spec.in_rows_of(length), config.local_rope if local else config.rope))
+        part = LAYERS if config.experts is None else SPARSE if sparse else DENSE
+        kinds.append(Kind(spec.in_rows_of(length), config.local_rope if local else config.rope, part))
     return kinds
+
+
+def _mlp(key: jax.Array, c: TransformerConfig, dtype: jnp.dtype) -> Mlp:
+    stddevs, biases = (c.initializer_range,) * 2, (c.mlp_bias,) * 2
+    return Mlp(key, c.width, c.mlp_width, c.activation, stddevs, dtype, gated=True, biases=biases)
 
 
 def _norm(config: TransformerConfig, width: int, dtype: jnp.dtype) -> RMSNorm:

@@ -39,7 +39,7 @@ def run(packed, encode, factory, mesh=ONE):
 
 def at_depths(packed, mesh=ONE, **options):
     factory = make_factory(HEAD, **DROPOUT, **options)
-    return run(packed, lambda params, *rest: factory.bind(params).at_depths(*rest, LAYERS), factory, mesh)
+    return run(packed, lambda params, *rest: factory.bind(params).at_depths(*rest, LAYERS)[0], factory, mesh)
 
 
 def assert_near(got, want, tolerance=1e-5):

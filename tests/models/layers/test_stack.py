@@ -48,7 +48,8 @@ def compare(kinds, remat):
 
     def stacked(params, x):
         options = ModelOptions(remat=remat, unroll=1)
-        last, kept = apply_layers(nnx.merge(graph, params), x, kinds, apply, options, chosen)
+        states = apply_layers(nnx.merge(graph, params), x, kinds, apply, options, chosen)
+        last, kept = states.last, states.chosen
         return last.sum(), (last, *kept)
 
     def loop(params, x):
