@@ -26,8 +26,8 @@ FLAGS = ["--config.data.train[0].path=a b.jsonl", "--data=*.jsonl", "--config.no
 TRAIN = ["-m", "jaxembed.train", *RUN, *FLAGS]
 # What the stub of Python does is told by $DOES; it knows how often it was started and which process it is.
 STUB = """#!/usr/bin/env bash
-printf '%s\\0' "${0##*/}" "$@" >>"$RECORD"
-echo >>"$RECORD"
+# in one write, so that processes do not mix theirs
+env printf '%s\\0' "${0##*/}" "$@" $'\\n' >>"$RECORD"
 me=${JAXEMBED_PROCESS-0}
 echo >>"$RECORD.$me"
 start=$(wc -l <"$RECORD.$me")
@@ -64,7 +64,7 @@ class Place:
 
     def runs(self) -> list[list[str]]:
         """What was called so far, with its arguments."""
-        lines = self.record.read_text().split("\0\n")[:-1] if self.record.exists() else []
+        lines = self.record.read_text().split("\0\n\0")[:-1] if self.record.exists() else []
         return [line.split("\0") for line in lines]
 
     def wait_for_ready(self, count: int) -> None:
