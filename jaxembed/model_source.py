@@ -6,30 +6,26 @@ A run keeps its blueprint in WORKDIR/model/, so that its checkpoints can be used
 
 import dataclasses
 import hashlib
-import json
 import pathlib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import jax
-import numpy as np
 
 from jaxembed import checkpoint, run_folder
-from jaxembed.config import AUTO, Config, LoraConfig, ModelConfig, TeacherConfig
-from jaxembed.config_check import MAX_LENGTH, TRAINED
+from jaxembed.adapting import adapted, require_fitting, tokenizer_spec
+from jaxembed.blueprint import FILE, FOLDER, Blueprint
+from jaxembed.config import Config, LoraConfig, ModelConfig, TeacherConfig
+from jaxembed.config_check import TRAINED
 from jaxembed.data.tokenizer import Tokenizer
 from jaxembed.data.tokenizer_training import train_for
 from jaxembed.errors import UserError
-from jaxembed.hf.architectures import Architecture, architecture, architecture_of
-from jaxembed.hf.attention_modes import portable
+from jaxembed.hf.architectures import architecture
 from jaxembed.hf.digest import digest
 from jaxembed.hf.folder import Folder, read_folder
 from jaxembed.hf.hub import resolve
 from jaxembed.hf.loading import load_onto
-from jaxembed.hf.peft import linear_layers
-from jaxembed.hf.safetensors_io import open_tensors, write_tensors
+from jaxembed.hf.safetensors_io import open_tensors
 from jaxembed.hf.weights import backbone_leaves, head_leaves, unused_tensors
-from jaxembed.hf.word_rules import require_cut
 from jaxembed.models.layers.routing import ExpertOptions
 from jaxembed.models.lora import Lora, is_adapter, merge
 from jaxembed.models.options import ModelOptions
@@ -38,111 +34,14 @@ from jaxembed.models.text_encoder import (
     HeadConfig,
     ModelFactory,
     Params,
-    TextEncoder,
     flatten,
     join,
     split,
     unflatten,
 )
-from jaxembed.prompting import adapt, require_portable, require_seeing
-from jaxembed.stages import stages_of
-from jaxembed.storage import AnyPath, filling, local, sizes
-
-FOLDER = "model"  # in a run's folder
-FILE = "blueprint.json"  # in that, written last
-SIDES = ("query", "document")
+from jaxembed.storage import AnyPath, sizes
 
 Loader = Callable[[ModelFactory], Params]  # puts the weights onto the mesh in use
-
-
-@dataclasses.dataclass(frozen=True)
-class Blueprint:
-    """A model without its trained weights.
-
-    Attributes:
-      hf_config: the Hugging Face config.json; its model_type names the architecture.
-      head: from token states to a vector.
-      pooling_said: whether the folder that it comes from says how to pool; False where that is a guess.
-      max_length: longest text in tokens.
-      prompts: named prompts.
-      default_prompt_name: the prompt used when none is named; '' for none.
-      similarity: how vectors are meant to be compared: 'cosine', 'dot', 'euclidean', 'manhattan'.
-      truncate_dim: vectors are cut to this many dimensions after all else; 0 for not.
-      tokenizer: texts to token ids.
-      unused: tensors that the architecture's class has and embeddings do not use; handed through to the export.
-      base: a digest of the weights that a run's adapters stand on; '' without adapters.
-    """
-
-    hf_config: dict[str, Any]
-    head: HeadConfig
-    pooling_said: bool
-    max_length: int
-    prompts: dict[str, str]
-    default_prompt_name: str
-    similarity: str
-    truncate_dim: int
-    tokenizer: Tokenizer
-    unused: Mapping[str, np.ndarray]
-    base: str = ""
-
-    @property
-    def architecture(self) -> Architecture:
-        """The entry in the table of architectures."""
-        return architecture_of(self.hf_config)
-
-    @property
-    def backbone(self) -> Any:
-        """The backbone's frozen config."""
-        return self.architecture.config_from_hf(self.hf_config)
-
-    @property
-    def longest(self) -> int:
-        """The most tokens that a text may have."""
-        return self.backbone.max_length if self.architecture.bounded else MAX_LENGTH
-
-    def factory(self, options: ModelOptions, seed: int = 0, lora: Lora | None = None) -> ModelFactory:
-        """Returns the maker of this model; `seed` is that of fresh weights, `lora` its adapters."""
-        make, backbone = self.architecture.backbone, self.backbone
-        return ModelFactory(lambda: TextEncoder(jax.random.key(seed), make, backbone, self.head, options, lora))
-
-    def lora(self, c: LoraConfig) -> Lora | None:
-        """Returns the adapters that a config asks for, None for none.
-
-        Raises:
-          UserError: `targets` names no linear layer.
-        """
-        if not c.rank:
-            return None
-        rows = self.architecture.rows(self.backbone)
-        scale = c.alpha / (c.rank**0.5 if c.rslora else c.rank)
-        return Lora(c.rank, scale, c.dropout, linear_layers(rows, c.targets, "config.model.lora.targets"))
-
-    def save(self, folder: AnyPath) -> None:
-        """Writes the blueprint; `load` reads it."""
-        said = dataclasses.asdict(dataclasses.replace(self, tokenizer=None, unused=None))
-        with filling(folder, FILE, anew=True) as place:  # every start writes the same
-            (place / FILE).unlink(missing_ok=True)  # until all is there
-            self.tokenizer.save(place, self.max_length)
-            if self.unused:
-                (place / "unused").mkdir(exist_ok=True)
-                write_tensors(place / "unused", self.unused)
-            run_folder.write_json(place / FILE, said)
-
-    @classmethod
-    def load(cls, folder: AnyPath) -> "Blueprint":
-        """Reads what `save` wrote.
-
-        Raises:
-          UserError: there is none.
-        """
-        try:
-            place = local(folder)
-            said = json.loads((place / FILE).read_text())
-        except FileNotFoundError as error:
-            raise UserError(f"{folder.parent}: not the folder of a run that has started: no {folder.name}/") from error
-        unused = open_tensors(place / "unused") if (place / "unused").exists() else {}
-        loaded = {"head": HeadConfig(**said["head"]), "tokenizer": Tokenizer.load(f"hf:{place}"), "unused": unused}
-        return cls(**(said | loaded))
 
 
 def options(model: ModelConfig) -> ModelOptions:
@@ -164,7 +63,7 @@ def open_source(c: Config, workdir: AnyPath) -> tuple[Blueprint, Loader]:
     """
     blueprint, load = _scratch(c, workdir) if c.model.init == "scratch" else _open(c.model.init)
     base = digest_of(c.model.init) if c.model.lora.rank else ""
-    return dataclasses.replace(_adapted(blueprint, c), base=base), load
+    return dataclasses.replace(adapted(blueprint, c), base=base), load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +137,7 @@ def open_folder(path: pathlib.Path) -> tuple[Blueprint, Loader]:
         tokenizer=Tokenizer.load(f"hf:{folder.transformer}"),
         unused=unused_tensors(folder),
     )
-    _require_fitting(blueprint.tokenizer, blueprint, f"{path}: its tokenizer")
+    require_fitting(blueprint.tokenizer, blueprint, f"{path}: its tokenizer")
     longest = blueprint.tokenizer.fitting(blueprint.longest)
     blueprint = dataclasses.replace(blueprint, max_length=min(blueprint.max_length, longest))
     return blueprint, lambda factory: _load_folder(folder, factory)
@@ -362,118 +261,10 @@ def _scratch(c: Config, workdir: AnyPath) -> tuple[Blueprint, Loader]:
     return blueprint, lambda factory: jax.jit(factory.fresh)()
 
 
-def _adapted(blueprint: Blueprint, c: Config) -> Blueprint:
-    """Returns the blueprint with what the config asks for."""
-    m, head, arch, hf_config = c.model, blueprint.head, blueprint.architecture, blueprint.hf_config
-    if m.arch not in (AUTO, arch.model_type):
-        raise UserError(f"config.model.arch = {m.arch!r}, but {m.init} is a {arch.model_type!r}: leave it 'auto'")
-    if m.rope_scaling:
-        hf_config = arch.with_rope_scaling(hf_config, m.rope_scaling)
-    longest = dataclasses.replace(blueprint, hf_config=hf_config).longest
-    hf_config = arch.with_attention(hf_config, m.attention_layers or (m.attention,))
-    if c.export and not portable(hf_config):
-        raise UserError(
-            f"config.model.attention{'_layers' if m.attention_layers else ''}: no folder can say this to other "
-            "programs: set config.export = False; Embedder and jaxembed.evaluate open the run itself"
-        )
-    if m.projection and head.projection and m.projection != head.projection:
-        raise UserError(f"config.model.projection = {m.projection}, but {m.init} has one of width {head.projection}")
-    tokenizer = blueprint.tokenizer
-    if c.tokenizer != AUTO and m.init != "scratch":
-        tokenizer = Tokenizer.load(_tokenizer_spec(c.tokenizer))
-        _require_fitting(tokenizer, blueprint, f"config.tokenizer = {c.tokenizer}")
-    head = _head(blueprint, c)
-    attention = arch.config_from_hf(hf_config).attention
-    if not blueprint.pooling_said and "bidirectional" in attention:
-        head = dataclasses.replace(head, pooling="mean")  # the guess for what generates was the last token
-    head, tokenizer = adapt(head, tokenizer, m.pooling, m.template, "config.model.", blueprint.pooling_said)
-    require_seeing(head, attention)
-    if c.export:
-        require_portable(head, tokenizer)
-        require_cut(arch.cuts, tokenizer, arch.model_type)
-    if not head.pool_prompt:
-        _require_apart(tokenizer, blueprint.prompts | dict(c.prompts))
-    if head.pool_layers >= 0:
-        hf_config = hf_config | {"output_hidden_states": True}  # else sentence-transformers skips the mean of layers
-    lengths = _lengths(c, tokenizer, blueprint.max_length, longest, arch.model_type)
-    return dataclasses.replace(
-        blueprint,
-        hf_config=hf_config,
-        head=head,
-        pooling_said=True,
-        tokenizer=tokenizer,
-        max_length=max(lengths.values()),
-        prompts=blueprint.prompts | {name: text for name, text in c.prompts.items() if text},
-        truncate_dim=0,
-    )
-
-
-def _head(blueprint: Blueprint, c: Config) -> HeadConfig:
-    """Returns the head with the parts that the config adds; its pooling is still the model's own."""
-    m, head, backbone = c.model, blueprint.head, blueprint.backbone
-    latents, heads = head.latents, head.latent_heads
-    if m.pooling == "latent" and not latents:
-        latents, heads = m.latents, m.latent_heads
-        if backbone.width % heads:
-            raise UserError(f"config.model.latent_heads = {heads} does not divide the model's width, {backbone.width}")
-    first = m.pool_layers
-    if first > backbone.layers or (first >= 0 and head.pool_layers not in (-1, first)):
-        own = f"pools layers from {head.pool_layers}" if head.pool_layers >= 0 else f"has {backbone.layers} layers"
-        raise UserError(f"config.model.pool_layers = {first}, but {m.init} {own}")
-    first = max(first, head.pool_layers)
-    if first >= 0 and any(stage.config.matryoshka.layers for stage in stages_of(c)):
-        raise UserError(
-            "config.matryoshka.layers: a model that pools several layers (config.model.pool_layers, or the folder's "
-            "own) cannot be cut to fewer; leave it ()"
-        )
-    return dataclasses.replace(
-        head,
-        latents=latents,
-        latent_heads=heads,
-        pool_layers=first,
-        pool_prompt=m.pool_prompt and head.pool_prompt,
-        projection=m.projection or head.projection,
-        normalize=m.normalize,
-    )
-
-
-def _require_apart(tokenizer: Tokenizer, prompts: Mapping[str, str]) -> None:
-    """Refuses prompts whose last token swallows the beginning of a text, which then would not be pooled."""
-    for name, prompt in prompts.items():
-        if prompt and not tokenizer.keeps(prompt):
-            raise UserError(
-                f"config.prompts.{name} = {prompt!r}: its last token merges with a text's first word, which "
-                "config.model.pool_prompt = False then leaves out: end the prompt without a space, or pool prompts too"
-            )
-
-
-def _lengths(c: Config, tokenizer: Tokenizer, usual: int, longest: int, model_type: str) -> dict[str, int]:
-    """Returns the longest text of each side in tokens, over all stages; `usual` where the config does not say."""
-    said = [stage.config.data.max_length for stage in stages_of(c)]
-    most = tokenizer.fitting(longest)
-    lengths = {side: max(getattr(s, side) or min(usual, most) for s in said) for side in SIDES}
-    for side, length in lengths.items():
-        if length > most:
-            times = f" of a text that is read {tokenizer.copies} times" if tokenizer.copies > 1 else ""
-            raise UserError(f"config.data.max_length.{side} = {length}: this {model_type} takes at most {most}{times}")
-    return lengths
-
-
-def _require_fitting(tokenizer: Tokenizer, blueprint: Blueprint, what: str) -> None:
-    size = blueprint.backbone.vocab_size
-    if tokenizer.vocab_size > size:
-        raise UserError(f"{what} has {tokenizer.vocab_size} tokens, but the model's table only {size}")
-
-
 def _tokenizer(c: Config, workdir: AnyPath) -> Tokenizer:
     """Returns the tokenizer of a model from scratch: loaded, trained before for this run, or trained now."""
     if not c.tokenizer.startswith(TRAINED):
-        return Tokenizer.load(_tokenizer_spec(c.tokenizer))
+        return Tokenizer.load(tokenizer_spec(c.tokenizer))
     if (workdir / FOLDER / FILE).is_file():
         return Tokenizer.load(f"hf:{workdir / FOLDER}")
     return train_for(c)
-
-
-def _tokenizer_spec(spec: str) -> str:
-    kind, _, where = spec.partition(":")
-    return f"hf:{resolve(where)}" if kind == "hf" else spec

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from jaxembed import model_source, run_folder, sharding
+from jaxembed.blueprint import Blueprint
 from jaxembed.checkpoint import Checkpoints
 from jaxembed.config import Config
 from jaxembed.data.batch import PairShape
@@ -23,7 +24,6 @@ from jaxembed.evaluation.tasks import Tasks
 from jaxembed.loggers import open_loggers
 from jaxembed.loop import Loop, Run, StageRun
 from jaxembed.metrics import MetricsWriter, read_metrics
-from jaxembed.model_source import Blueprint
 from jaxembed.models.lora import Lora
 from jaxembed.models.text_encoder import Params, split
 from jaxembed.observing import profiling

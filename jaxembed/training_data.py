@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jaxembed import sharding
+from jaxembed.blueprint import Blueprint
 from jaxembed.config import AUTO, Config, MaxLength, PromptConfig, SourceConfig
 from jaxembed.data.batch import Batch
 from jaxembed.data.cache import TokenCache, build_or_open
@@ -17,7 +18,6 @@ from jaxembed.data.plan import Plan
 from jaxembed.data.rungs import choose_row_length
 from jaxembed.errors import UserError
 from jaxembed.losses.table import COSINES, LOSSES, MATCHES, NEGATIVE_QUERIES, NEGATIVES, SCORES, SCORES_OR_TEACHER
-from jaxembed.model_source import Blueprint
 from jaxembed.models.layers.attention import KERNEL_BLOCK
 
 _SCORES_AT_ONCE = 2**22

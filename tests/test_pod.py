@@ -3,20 +3,18 @@
 import dataclasses
 import json
 import pathlib
-import random
 import shutil
-import signal
 import time
 
 import numpy as np
 import pytest
 from pod import finish, start
 from safetensors.numpy import load_file
-from survivors import PROCESSES, Launched, assert_same_run, newest, plain_pairs, unbroken, write_config
+from survivors import plain_pairs, write_config
 from tiny_run import sentence, tiny_config, write_lines
 
 from jaxembed import config as config_lib
-from jaxembed.config import EvalConfig, MeshConfig
+from jaxembed.config import MeshConfig
 from jaxembed.metrics import read_metrics
 
 STEPS, HALFWAY = 20, 10
@@ -208,26 +206,3 @@ def test_a_process_that_waits_in_a_collective_hears_what_happened(kind, codes):
         assert all("error: process 1 of 2: my mistake" in process.err for process in ended)
     else:
         assert "most likely because another process was lost" in ended[0].err
-
-
-def test_killed_and_told_to_stop_under_a_launcher(folder, config):
-    """Once each; `make test-survival` does so ten times."""
-    own, rng, steps = folder / "survival", random.Random(3), 40
-    own.mkdir()
-    checkpoints = dataclasses.replace(config.checkpoint, every=4)
-    short = dataclasses.replace(
-        config, steps=steps, checkpoint=checkpoints, mesh=MeshConfig(fsdp=2), eval=EvalConfig(), export=True
-    )
-    file, workdir = write_config(own, short), own / "disturbed"
-    launched = Launched(file, workdir, restarts=1)
-    launched.wait_for(6)
-    assert launched.send(rng, signal.SIGKILL)
-    launched.wait_for_words(f"JAXEMBED_PROCESS={PROCESSES - 1}", 2)  # started again
-    going_on = newest(workdir)
-    launched.wait_for(going_on + 9)
-    assert launched.send(rng, signal.SIGTERM)
-    assert launched.process.wait(120) == 0, launched.log.read_text()[-3000:]
-    assert going_on >= 4 and newest(workdir) == launched.steps() < steps  # told to stop, it loses no step
-    launched = Launched(file, workdir, restarts=0)
-    assert launched.process.wait(300) == 0, launched.log.read_text()[-3000:]
-    assert_same_run(workdir, unbroken(own, file))

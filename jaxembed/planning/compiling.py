@@ -13,12 +13,12 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxembed import model_source, sharding
+from jaxembed.blueprint import Blueprint
 from jaxembed.config import AUTO, Config
 from jaxembed.data.batch import Batch, PairShape, Rows, Texts
 from jaxembed.data.rungs import worst_case_rows
 from jaxembed.errors import UserError
 from jaxembed.losses.table import LOSSES, NEGATIVE_QUERIES
-from jaxembed.model_source import Blueprint
 from jaxembed.models.flops import StepFlops
 from jaxembed.models.layers.attention import KERNEL_BLOCK
 from jaxembed.models.options import ModelOptions

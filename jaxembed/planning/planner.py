@@ -11,11 +11,11 @@ import jax
 import numpy as np
 
 from jaxembed import model_source
+from jaxembed.blueprint import Blueprint
 from jaxembed.config import Config
 from jaxembed.data.batch import PairShape
 from jaxembed.data.rungs import rung_for
 from jaxembed.errors import UserError
-from jaxembed.model_source import Blueprint
 from jaxembed.planning import compiling, cpu_rates, roofline, shapes
 from jaxembed.planning.compiling import Load, Model
 from jaxembed.planning.hlo import Program

@@ -5,8 +5,8 @@ All of them make `queries` and `documents`, two arrays of one vector per text, a
 
 import json
 
+from jaxembed.blueprint import Blueprint
 from jaxembed.embedder import Embedder
-from jaxembed.model_source import Blueprint
 
 QUERIES = '["What do bees make honey from?"]'
 DOCUMENTS = '["Bees turn the nectar of flowers into honey.", "A violin has four strings."]'

@@ -1,6 +1,6 @@
 """Ten kills and ten requests to stop, at random moments of a run of two processes with two devices each.
 
-Minutes long: `make test-survival`. `make test` has a few of them (tests/test_pod.py).
+Minutes long: `make test-survival`.
 """
 
 import pathlib
