@@ -16,13 +16,16 @@ from jaxembed.errors import UserError
 from jaxembed.hf.architectures import Architecture, architecture_of
 from jaxembed.hf.peft import linear_layers
 from jaxembed.hf.safetensors_io import open_tensors, write_tensors
+from jaxembed.models.layers.routing import ExpertsShape
 from jaxembed.models.lora import Lora
+from jaxembed.models.nomic_bert import NomicBertConfig
 from jaxembed.models.options import ModelOptions
 from jaxembed.models.text_encoder import (
     HeadConfig,
     ModelFactory,
     TextEncoder,
 )
+from jaxembed.models.transformer import TransformerConfig
 from jaxembed.storage import AnyPath, filling, local
 
 FOLDER = "model"  # in a run's folder
@@ -68,6 +71,15 @@ class Blueprint:
     def backbone(self) -> Any:
         """The backbone's frozen config."""
         return self.architecture.config_from_hf(self.hf_config)
+
+    @property
+    def experts(self) -> ExpertsShape | None:
+        """The experts of its sparse layers; None where it has none."""
+        match self.backbone:
+            case TransformerConfig(experts=experts) | NomicBertConfig(experts=experts):
+                return experts
+            case _:
+                return None
 
     @property
     def longest(self) -> int:

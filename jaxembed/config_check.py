@@ -5,7 +5,7 @@ import math
 import re
 from typing import Any
 
-from jaxembed.config import AUTO, MODEL_KINDS, Config, ModelConfig, SourceConfig
+from jaxembed.config import AUTO, MODEL_KINDS, Config, ExpertsConfig, ModelConfig, RouterConfig, SourceConfig
 from jaxembed.data.shares import pairs_by_share
 from jaxembed.data.sources import DATA_SETS
 from jaxembed.data.templates import parse
@@ -192,6 +192,7 @@ def _model(c: Config) -> None:
     )
     if m.lora.rank:
         _lora(m)
+    _experts(c)
     _no_idle_fields(m)
     require(m.latents >= 1, f"config.model.latents = {m.latents}: must be at least 1")
     require(m.latent_heads >= 1, f"config.model.latent_heads = {m.latent_heads}: must be at least 1")
@@ -222,6 +223,79 @@ def _no_idle_fields(m: ModelConfig) -> None:
         idle += [(f, getattr(m, f), getattr(usual, f), why) for f in ("latents", "latent_heads")]
     for name, value, default, why in idle:
         require(value == default, f"config.model.{name} = {value!r} is of no use with config.model.{why}")
+
+
+def _experts(c: Config) -> None:
+    """Mixtures of experts: how many there are, and who picks them."""
+    m, e, usual = c.model, c.model.experts, ExpertsConfig()
+    where = "config.model.experts"
+    require(e.capacity >= 1, f"{where}.capacity = {e.capacity:g}: must be at least 1, the balanced share")
+    for field in ("balance", "z"):
+        value = getattr(c.router, field)
+        require(0 <= value < math.inf, f"config.router.{field} = {value:g}: must not be negative, and finite")
+    require(
+        e.routing != "expert_choice" or c.mesh.sequence == 1,
+        f"{where}.routing = 'expert_choice' compares a text's tokens: leave config.mesh.sequence = 1",
+    )
+    require(
+        m.moee_weight > 0 and (m.moee == "sum" or m.moee_weight == ModelConfig().moee_weight),
+        f"config.model.moee_weight = {m.moee_weight:g}: is for config.model.moee = 'sum', and above 0",
+    )
+    moee = f"config.model.moee = {m.moee!r}"
+    require(
+        not m.moee or not (c.matryoshka.dims or c.matryoshka.layers),
+        f"{moee}: vectors of routing weights have no smaller sizes: leave config.matryoshka alone",
+    )
+    require(
+        not m.moee or not c.export,
+        f"{moee}: no other program makes vectors of routing weights: set config.export = False; Embedder and "
+        "jaxembed.evaluate open the run itself",
+    )
+    if not e.upcycle:
+        require(e.routing != "source", f"{where}.routing = 'source' is for experts made of a dense model: set .upcycle")
+        for field in ("top_k", "every", "layers", "router_noise", "served"):
+            value = getattr(e, field)
+            require(
+                value == getattr(usual, field), f"{where}.{field} = {value!r} is of no use with {where}.upcycle = 0"
+            )
+        return
+    require(e.upcycle >= 2, f"{where}.upcycle = {e.upcycle}: at least 2 experts, or 0 for the model as it is")
+    require(
+        m.init != "scratch",
+        f"{where}.upcycle = {e.upcycle} copies trained weights: set config.model.init to a checkpoint, or say how many "
+        "experts there are in config.model.shape and leave upcycle 0",
+    )
+    require(
+        not m.lora.rank,
+        f"{where}.upcycle and config.model.lora.rank = {m.lora.rank}: adapters stand on a checkpoint; make the model "
+        "sparse in a run of its own, then start from that",
+    )
+    require(1 <= e.top_k <= e.upcycle, f"{where}.top_k = {e.top_k}: must be in 1 … {e.upcycle}, the experts")
+    require(
+        c.mesh.expert < 1 or e.upcycle % c.mesh.expert == 0,
+        f"config.mesh.expert = {c.mesh.expert} does not divide {where}.upcycle = {e.upcycle}",
+    )
+    require(e.every >= 1, f"{where}.every = {e.every}: must be at least 1")
+    require(not e.layers or e.every == 1, f"{where}.every = {e.every} and {where}.layers = {e.layers}: set one of them")
+    require(
+        len(set(e.layers)) == len(e.layers) and min(e.layers, default=0) >= 0,
+        f"{where}.layers = {e.layers}: wants different numbers of layers, the first being 0",
+    )
+    require(0 <= e.router_noise < math.inf, f"{where}.router_noise = {e.router_noise:g}: must not be negative")
+    if e.routing != "source":
+        require(e.served == 0, f"{where}.served = {e.served} is for {where}.routing = 'source'")
+        return
+    require(e.top_k == 1, f"{where}.top_k = {e.top_k}: with routing 'source' a text has one expert: set it to 1")
+    require(
+        len(c.data.train) <= e.upcycle,
+        f"{where}.routing = 'source': {len(c.data.train)} sources (config.data.train) for {e.upcycle} experts "
+        f"({where}.upcycle): each source has its own",
+    )
+    require(0 <= e.served < e.upcycle, f"{where}.served = {e.served}: must be in 0 … {e.upcycle - 1}")
+    require(
+        c.router.balance in (0, RouterConfig().balance) and c.router.z == 0,
+        "config.router: with routing 'source' there is no router: leave its fields alone",
+    )
 
 
 def _lora(m: ModelConfig) -> None:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jaxembed import model_source, sharding, similarity
+from jaxembed.blueprint import Blueprint
 from jaxembed.checkpoint import FOLDER as CHECKPOINTS
 from jaxembed.checkpoint import find, split
 from jaxembed.config import AUTO, MeshConfig
@@ -17,7 +18,9 @@ from jaxembed.data.tokenizer import Tokenizer
 from jaxembed.encoding import device_batches
 from jaxembed.errors import UserError
 from jaxembed.hf.hub import resolve
-from jaxembed.model_source import Blueprint
+from jaxembed.hf.source_experts import serving
+from jaxembed.models.moee import MODES as MOEE
+from jaxembed.models.moee import with_moee
 from jaxembed.models.options import ModelOptions
 from jaxembed.models.pooling import MODES
 from jaxembed.models.text_encoder import ModelFactory, Params
@@ -64,6 +67,9 @@ class Embedder:
         template: str | Sequence[str] = "",
         dtype: str = "float32",
         mesh: jax.sharding.Mesh | None = None,
+        moee: str = "",
+        moee_weight: float = 1.0,
+        expert: int | None = None,
     ) -> "Embedder":
         """Loads a run's newest checkpoint, or a sentence-transformers or transformers folder.
 
@@ -76,6 +82,12 @@ class Embedder:
             al. 2024, arXiv:2402.18458), and brought to length 1 again where the model does that.
           dtype: of the computation: 'float32' or 'bfloat16'.
           mesh: by default all devices along `data`.
+          moee: of a mixture of experts, routing weights as vectors (`jaxembed.models.moee`): 'alone', 'concat' with the
+            states' vectors, or 'sum', whose dot products are the weighted sums of both similarities; '' = as the model
+            says.
+          moee_weight: of the routing weights' similarity in 'sum'.
+          expert: of a model whose texts' sources pick their experts, the number of the source that texts are taken to
+            come from; None: the one that the model serves with.
 
         Raises:
           UserError: nothing there that can be opened, or an argument that does not serve.
@@ -92,6 +104,7 @@ class Embedder:
             ("attention", attention, blueprint.architecture.modes),
             ("pooling", pooling, (AUTO, *MODES)),
             ("dtype", dtype, ("float32", "bfloat16")),
+            ("moee", moee, ("", *MOEE)),
         ):
             if value not in known:
                 raise UserError(f"{name}={value!r}: {path} takes {', '.join(known)}")
@@ -102,6 +115,11 @@ class Embedder:
         if template or pooling != AUTO:
             run = None
             blueprint, tokenizers = _prompted(blueprint, pooling, template)
+        if expert is not None:
+            count = blueprint.experts.count if blueprint.experts else 0
+            blueprint = dataclasses.replace(blueprint, hf_config=serving(blueprint.hf_config, expert, count))
+        if moee:
+            run, blueprint = None, _routed(blueprint, moee, moee_weight)
         factory = blueprint.factory(ModelOptions(dtype=dtype))
         with jax.set_mesh(mesh):
             return cls(blueprint, factory, load(factory), mesh, run, tokenizers)
@@ -109,7 +127,7 @@ class Embedder:
     @property
     def width(self) -> int:
         """E, the number of dimensions of a vector."""
-        return self.blueprint.head.projection or self.blueprint.backbone.width
+        return self.blueprint.head.width(self.blueprint.backbone)
 
     @property
     def prompts(self) -> dict[str, str]:
@@ -163,7 +181,7 @@ class Embedder:
                     for n in self._encode_window(texts[first : first + WINDOW], tokenizer, prompt, batch_size, part):
                         progress.advance(task, n)
                     window += part / len(self.tokenizers)
-        if len(self.tokenizers) > 1 and self.blueprint.head.normalize:
+        if len(self.tokenizers) > 1 and self.blueprint.head.unit:
             vectors = similarity.unit(vectors)
         width = self.blueprint.truncate_dim if truncate_dim is None else truncate_dim
         vectors = vectors[:, :width] if width else vectors
@@ -251,6 +269,16 @@ def _prompted(
     longest = min(tokenizer.fitting(blueprint.longest) for tokenizer in tokenizers)
     shorter = min(blueprint.max_length, longest)
     return dataclasses.replace(blueprint, head=heads[0], tokenizer=tokenizers[0], max_length=shorter), tokenizers
+
+
+def _routed(blueprint: Blueprint, moee: str, weight: float) -> Blueprint:
+    """Returns the blueprint with routing weights in its vectors."""
+    if blueprint.truncate_dim:
+        raise UserError(
+            f"moee = {moee!r}: the model's vectors are cut to {blueprint.truncate_dim} dimensions, which would cut its "
+            "routing weights off: leave it out"
+        )
+    return dataclasses.replace(blueprint, head=with_moee(blueprint.head, blueprint.backbone, moee, weight))
 
 
 def _collect(texts_SxT: np.ndarray, vectors_SxTxE: jax.Array, out: np.ndarray) -> int:

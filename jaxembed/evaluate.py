@@ -13,6 +13,9 @@ model on the hub. Several sets or tasks are given by commas. Prints a table for 
   --classification  TRAIN_FILE:TEST_FILE of text, label; or folders of train.jsonl and test.jsonl
   --template        put every text into it, as language models that were not trained to embed want it: prompt_eol, echo,
                     meta_eol (the mean over several), or a text with {text} in it
+  --moee            of a mixture of experts, compare routing weights: alone, concat (beside the states' vectors), or sum
+                    (both similarities, the routing weights' times --moee_weight); no training needed
+  --expert          of a model whose sources have an expert each (config.model.experts.routing = 'source'): which one
   --bm25            score BM25 too, on the retrieval and pairs sets
   --mteb            names of tasks, or FILE.py:ClassName for one of your own; results go to --mteb_out
 """
@@ -53,7 +56,14 @@ def _evaluate(sets: EvalConfig, peers: Peers) -> None:
     from jaxembed.evaluation.tasks import Tasks
 
     tasks, mteb_tasks = Tasks.read(sets, "--"), open_tasks(flag.mteb) if flag.mteb else []
-    embedder = Embedder.load(flag.model, template=flag.template, dtype=flag.dtype)
+    embedder = Embedder.load(
+        flag.model,
+        template=flag.template,
+        dtype=flag.dtype,
+        moee=flag.moee,
+        moee_weight=flag.moee_weight,
+        expert=flag.expert,
+    )
     results, baselines = tasks.evaluate(embedder, show_progress_bar=peers.main), tasks.baselines()
     scores, failures = [], []
     if mteb_tasks:
@@ -76,6 +86,8 @@ def _require_flags(sets: EvalConfig) -> None:
         raise UserError(f"nothing to evaluate on: give --{', --'.join(SETS)} or --mteb")
     if sets.bm25 and not sets.retrieval + sets.pairs:
         raise UserError("--bm25 searches the sets of --retrieval and --pairs: give one")
+    if flag["moee_weight"].present and flag.moee != "sum":
+        raise UserError("--moee_weight weighs the similarities that --moee=sum adds up: give that too")
     require_sets(sets, "--")
     if flag.mteb:
         require_mteb(flag.mteb)
@@ -88,6 +100,9 @@ if __name__ == "__main__":
     flags.DEFINE_list("pairs", [], "Sets of records.")
     flags.DEFINE_list("classification", [], "Classification sets.")
     flags.DEFINE_string("template", "", "Put every text into it: prompt_eol, echo, meta_eol, or a text with {text}.")
+    flags.DEFINE_enum("moee", "", ["", "alone", "concat", "sum"], "Compare a mixture of experts' routing weights.")
+    flags.DEFINE_float("moee_weight", 1.0, "Of the routing weights' similarity in --moee=sum.")
+    flags.DEFINE_integer("expert", None, "The source whose expert texts are given, of a model trained so.")
     flags.DEFINE_bool("bm25", False, "Score BM25 too.")
     flags.DEFINE_list("mteb", [], "Tasks of MTEB.")
     flags.DEFINE_string("mteb_out", "mteb_results", "Folder for MTEB's results, in its own layout.")

@@ -1,15 +1,16 @@
 """Write a run's model as a folder that sentence-transformers opens, or check such a folder.
 
-    python -m jaxembed.export --workdir=RUN --out=FOLDER [--layers=N] [--dim=N] [--dtype=bfloat16]
+    python -m jaxembed.export --workdir=RUN --out=FOLDER [--layers=N] [--dim=N] [--dtype=bfloat16] [--expert=N]
     python -m jaxembed.export --workdir=RUN --out=FOLDER --adapter
     python -m jaxembed.export --verify=FOLDER
 
 --workdir takes RUN, RUN@STEP or RUN@best. --layers and --dim write a smaller model: the first N layers, vectors cut to
-their first N dimensions; config.matryoshka trains models that bear it. --adapter writes a run's low-rank
-adapters alone, as a folder of the peft library; without it they are merged. --verify encodes the folder's 8 fingerprint
-texts anew, in JAX and, where it is installed, in sentence-transformers, and compares the vectors with those that were
-written with it; there it also checks that every weight is found, that attention sees what it should, and that padding
-changes nothing.
+their first N dimensions; config.matryoshka trains models that bear it. --expert: where each source of the training has
+an expert of its own (config.model.experts.routing = 'source'), a folder is the dense model of one of them. --adapter
+writes a run's low-rank adapters alone, as a folder of the peft library; without it they are merged. --verify encodes
+the folder's 8 fingerprint texts anew, in JAX and, where it is installed, in sentence-transformers, and compares the
+vectors with those that were written with it; there it also checks that every weight is found, that attention sees what
+it should, and that padding changes nothing.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ from jaxembed.storage import AnyPath, local, path_of
 from jaxembed.verification import FINGERPRINT, TEXTS, verify, write_fingerprint
 
 if TYPE_CHECKING:
+    from jaxembed.blueprint import Blueprint
     from jaxembed.embedder import Embedder
     from jaxembed.losses.objective import Size
 
@@ -44,7 +46,8 @@ def export_model(embedder: "Embedder", out: AnyPath, layers: int = 0, dim: int =
       dtype: of the tensors written: 'float32' | 'bfloat16'. The fingerprint is that of the weights as written.
 
     Raises:
-      UserError: `out` is something else, or cannot be written; the model is smaller than what is asked for.
+      UserError: `out` is something else, or cannot be written; the model is smaller than what is asked for, or its
+        vectors are made of routing weights.
     """
     import jax
 
@@ -57,7 +60,8 @@ def export_model(embedder: "Embedder", out: AnyPath, layers: int = 0, dim: int =
     from jaxembed.sharding import to_host
     from jaxembed.stages import stages_of
 
-    small = _as_written(_smaller(embedder, layers, dim), dtype)
+    _require_of_states(embedder.blueprint, out)
+    small = _as_written(_smaller(_of_one_expert(embedder), layers, dim), dtype)
     layers = 0 if layers == embedder.blueprint.backbone.layers else layers
     blueprint, hf_config = small.blueprint, small.blueprint.hf_config
     sizes: tuple[Size, ...] = ()
@@ -130,6 +134,7 @@ def export_adapter(spec: str, out: AnyPath) -> str:
     lora = blueprint.lora(model.lora)
     if lora is None:
         raise UserError(f"--adapter: {workdir} has trained all weights (its config.model.lora.rank is 0): leave it out")
+    _require_of_states(blueprint, out)
     if not portable(blueprint.hf_config):
         raise UserError(f"--adapter: no folder can say to other programs what the attention of {workdir} sees")
     kind, _, where = model.init.partition(":")
@@ -168,12 +173,37 @@ def export_adapter(spec: str, out: AnyPath) -> str:
     return warning
 
 
+def _require_of_states(blueprint: "Blueprint", out: AnyPath) -> None:
+    """Refuses vectors of routing weights, which no other program makes."""
+    if blueprint.head.moee:
+        raise UserError(
+            f"{out}: no other program makes vectors of routing weights (config.model.moee = {blueprint.head.moee!r}): "
+            "set config.export = False; Embedder and jaxembed.evaluate open the run itself"
+        )
+
+
+def _of_one_expert(embedder: "Embedder") -> "Embedder":
+    """Returns a model whose texts' sources pick the experts as the dense one that it is for the source it serves."""
+    import jax
+
+    from jaxembed.embedder import Embedder
+    from jaxembed.models.options import ModelOptions
+    from jaxembed.upcycling import only_expert
+
+    experts = embedder.blueprint.experts
+    if experts is None or not experts.by_source:
+        return embedder
+    with jax.set_mesh(embedder.mesh):
+        blueprint, params = only_expert(embedder.blueprint, embedder.params, experts.served)
+        return Embedder(blueprint, blueprint.factory(ModelOptions()), params, embedder.mesh, embedder.run)
+
+
 def _smaller(embedder: "Embedder", layers: int, dim: int) -> "Embedder":
     """Returns the model with its first layers only, its vectors cut to their first dimensions."""
     import jax
 
     from jaxembed.embedder import Embedder
-    from jaxembed.hf.table import leaves_of
+    from jaxembed.hf.table import first_layers
     from jaxembed.models.options import ModelOptions
     from jaxembed.models.text_encoder import flatten, unflatten
 
@@ -185,16 +215,15 @@ def _smaller(embedder: "Embedder", layers: int, dim: int) -> "Embedder":
         return embedder
     if layers and blueprint.head.pool_layers >= 0:
         raise UserError(f"--layers={layers}: the model pools a mean of its layers (model.pool_layers); leave it 0")
-    stacked = leaves_of(blueprint.architecture.rows(blueprint.backbone), stacked_only=True)
     layers = layers or blueprint.backbone.layers
     blueprint = dataclasses.replace(
         blueprint,
         hf_config=blueprint.architecture.with_layers(blueprint.hf_config, layers),
         truncate_dim=dim or blueprint.truncate_dim,
     )
+    rows = blueprint.architecture.rows(blueprint.architecture.config_from_hf(blueprint.hf_config, f"--layers={layers}"))
     with jax.set_mesh(embedder.mesh):
-        leaves = flatten(embedder.params["backbone"])
-        cut = {path: leaf[:layers] if path in stacked else leaf for path, leaf in leaves.items()}
+        cut = first_layers(rows, flatten(embedder.params["backbone"]), layers)
     params = embedder.params | {"backbone": unflatten(cut)}
     return Embedder(blueprint, blueprint.factory(ModelOptions()), params, embedder.mesh, embedder.run)
 
@@ -239,11 +268,12 @@ def main() -> None:
     """Runs the command."""
     workdir, out, folder = flags.FLAGS.workdir, flags.FLAGS.out, flags.FLAGS.verify
     layers, dim, dtype, adapter = flags.FLAGS.layers, flags.FLAGS.dim, flags.FLAGS.dtype, flags.FLAGS.adapter
-    smaller = layers or dim or dtype
+    expert = flags.FLAGS.expert
+    smaller = layers or dim or dtype or expert is not None
     if bool(folder) == bool(workdir) or bool(workdir) != bool(out) or ((folder or adapter) and smaller):
         raise UserError(
-            "give either --workdir=RUN and --out=FOLDER [--layers=N] [--dim=N] [--dtype=…], or --workdir, --out and "
-            "--adapter, or --verify=FOLDER"
+            "give either --workdir=RUN and --out=FOLDER [--layers=N] [--dim=N] [--dtype=…] [--expert=N], or --workdir, "
+            "--out and --adapter, or --verify=FOLDER"
         )
     with connect() as peers:
         if folder:
@@ -257,7 +287,7 @@ def main() -> None:
             from jaxembed import run_folder
             from jaxembed.embedder import Embedder
 
-            embedder = Embedder.load(workdir)
+            embedder = Embedder.load(workdir, expert=expert)
             if not dtype:
                 dtype = run_folder.read_config(embedder.run.workdir).export_dtype if embedder.run else "float32"
             export_model(embedder, path_of(out), layers, dim, dtype)
@@ -271,6 +301,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", "", "The folder to write.")
     flags.DEFINE_integer("layers", 0, "Export the first so many layers only; 0 = all.")
     flags.DEFINE_integer("dim", 0, "Cut vectors to their first so many dimensions; 0 = not.")
+    flags.DEFINE_integer("expert", None, "Export the dense model of one source, where each source has an expert.")
     flags.DEFINE_enum("dtype", "", ["", "float32", "bfloat16"], "Of the weights; '' = the run's config.export_dtype.")
     flags.DEFINE_bool("adapter", False, "Export the run's low-rank adapters alone, as a folder of the peft library.")
     flags.DEFINE_string("verify", "", "An exported folder to check.")

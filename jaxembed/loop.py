@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from jaxembed import sharding
+from jaxembed.blueprint import Blueprint
 from jaxembed.checkpoint import Checkpoints
 from jaxembed.config import Config
 from jaxembed.data.batch import Batch
@@ -22,7 +23,6 @@ from jaxembed.errors import TrainingStopped, UserError
 from jaxembed.evaluation.report import flat_scores
 from jaxembed.evaluation.tasks import Tasks
 from jaxembed.metrics import MetricsWriter
-from jaxembed.model_source import Blueprint
 from jaxembed.models.flops import StepFlops
 from jaxembed.models.text_encoder import ModelFactory, join
 from jaxembed.observing.clock import Phase
@@ -191,7 +191,7 @@ class Loop:
             return
         (info, metrics), self.pending = self.pending, None
         with self.clock.during(Phase.COMPUTE):
-            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            values = {name: value if value.ndim else float(value) for name, value in jax.device_get(metrics).items()}
         self._require_finite(info, values)
         self.meter.add(info)
         self.line = {"step": self._number(info), **self._stage_name(), **values, **info.counts}
@@ -232,7 +232,7 @@ class Loop:
     def _stage_name(self) -> dict[str, str]:
         return {"stage": self.stage.name} if self.stage.name else {}
 
-    def _require_finite(self, info: StepInfo, values: dict[str, float]) -> None:
+    def _require_finite(self, info: StepInfo, values: dict[str, Any]) -> None:
         if np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"]):
             return
         self.run_.checkpoints.wait()

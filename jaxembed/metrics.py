@@ -6,9 +6,12 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
+import numpy as np
+
 from jaxembed.storage import AnyPath, publish, staged
 
 NAME = "metrics.jsonl"
+DIGITS = 3  # behind the point, of arrays: thousands of numbers in every line
 
 
 class Logger(Protocol):
@@ -105,5 +108,8 @@ def read_metrics(workdir: AnyPath) -> list[dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
+    """Returns what JSON can say of a value: None of a number that is not finite; arrays as nested lists."""
+    if np.ndim(value):
+        return [_plain(part) for part in np.round(np.asarray(value, np.float64), DIGITS).tolist()]
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -14,7 +14,7 @@ import jax
 from jaxembed import checkpoint, run_folder
 from jaxembed.adapting import adapted, require_fitting, tokenizer_spec
 from jaxembed.blueprint import FILE, FOLDER, Blueprint
-from jaxembed.config import Config, LoraConfig, ModelConfig, TeacherConfig
+from jaxembed.config import Config, ExpertsConfig, LoraConfig, ModelConfig, RouterConfig, TeacherConfig
 from jaxembed.config_check import TRAINED
 from jaxembed.data.tokenizer import Tokenizer
 from jaxembed.data.tokenizer_training import train_for
@@ -28,6 +28,7 @@ from jaxembed.hf.safetensors_io import open_tensors
 from jaxembed.hf.weights import backbone_leaves, head_leaves, unused_tensors
 from jaxembed.models.layers.routing import ExpertOptions
 from jaxembed.models.lora import Lora, is_adapter, merge
+from jaxembed.models.moee import with_moee
 from jaxembed.models.options import ModelOptions
 from jaxembed.models.text_encoder import (
     BACKBONE,
@@ -40,6 +41,7 @@ from jaxembed.models.text_encoder import (
     unflatten,
 )
 from jaxembed.storage import AnyPath, sizes
+from jaxembed.upcycling import sparse_blueprint, sparse_loader
 
 Loader = Callable[[ModelFactory], Params]  # puts the weights onto the mesh in use
 
@@ -63,7 +65,29 @@ def open_source(c: Config, workdir: AnyPath) -> tuple[Blueprint, Loader]:
     """
     blueprint, load = _scratch(c, workdir) if c.model.init == "scratch" else _open(c.model.init)
     base = digest_of(c.model.init) if c.model.lora.rank else ""
-    return dataclasses.replace(adapted(blueprint, c), base=base), load
+    blueprint = dataclasses.replace(adapted(blueprint, c), base=base)
+    if c.model.experts.upcycle:
+        load = sparse_loader(blueprint, load, c.model.experts, c.seed)
+        blueprint = sparse_blueprint(blueprint, c.model.experts)
+    _require_experts(c, blueprint)
+    head = with_moee(blueprint.head, blueprint.backbone, c.model.moee, c.model.moee_weight, "config.model.")
+    return dataclasses.replace(blueprint, head=head), load
+
+
+def _require_experts(c: Config, blueprint: Blueprint) -> None:
+    """Refuses what the model's experts cannot be, before any device is asked for memory."""
+    experts, parallel = blueprint.experts, c.mesh.expert
+    if experts and parallel > 1 and experts.count % parallel:
+        raise UserError(f"config.mesh.expert = {parallel} does not divide the model's {experts.count} experts")
+    usual = ExpertsConfig()
+    for field in ("routing", "kernel", "capacity"):
+        value = getattr(c.model.experts, field)
+        if not experts and value != getattr(usual, field):
+            raise UserError(f"config.model.experts.{field} = {value!r}: {c.model.init} has no experts")
+    for field in ("balance", "z"):
+        value = getattr(c.router, field)
+        if not experts and value != getattr(RouterConfig(), field):
+            raise UserError(f"config.router.{field} = {value:g}: {c.model.init} has no experts")
 
 
 @dataclasses.dataclass(frozen=True)

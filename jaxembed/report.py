@@ -2,8 +2,8 @@
 
     python -m jaxembed.report --workdir=RUN
 
-Reads what training left in RUN and writes RUN/report/: README.md (a summary in Markdown) and curves.png. Training does
-so at its end; this makes it anew, also while training is going on.
+Reads what training left in RUN and writes RUN/report/: README.md (a summary in Markdown), curves.png and, of a mixture
+of experts, routers.png. Training does so at its end; this makes it anew, also while training is going on.
 """
 
 import json
@@ -29,17 +29,20 @@ def write_report(workdir: AnyPath) -> None:
       UserError: not a run's folder, no metrics in it yet, or no picture can be drawn.
       OSError: it cannot be written.
     """
-    from jaxembed.reporting import curves
+    from jaxembed.reporting import curves, routers
     from jaxembed.reporting.record import RunRecord
     from jaxembed.reporting.run_report import report
 
     record = RunRecord.read(workdir)
     if not record.history.series:
         raise UserError(f"{workdir}: no metrics in it yet, so nothing to report")
-    picture = curves.draw(record.history, record.title)
+    pictures = {curves.NAME: curves.draw(record.history, record.title)}
+    loads = routers.read_loads(workdir)
+    if loads:
+        pictures[routers.NAME] = routers.draw(record.history, loads, record.title)
     folder = workdir / FOLDER
     folder.mkdir(exist_ok=True)
-    for name, content in ((curves.NAME, picture), ("README.md", report(record).encode())):
+    for name, content in (pictures | {"README.md": report(record).encode()}).items():
         write_whole(folder / name, content)
 
 

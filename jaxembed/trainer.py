@@ -60,9 +60,9 @@ def train(config: Config, workdir: AnyPath, peers: Peers | None = None, profile:
     peers = peers or Peers()
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())  # also while tokenising and exporting, which are then finished
-        mesh = sharding.make_mesh(config.mesh)
         tasks = Tasks.read(config.eval, "config.eval.")  # before anything slow: a missing file shows at once
         blueprint, load = model_source.open_source(config, workdir)
+        mesh = sharding.make_mesh(config.mesh)
         lora = blueprint.lora(config.model.lora)
         teacher = model_source.open_teacher(config.teacher)
         _check_sizes(config, blueprint, mesh)

@@ -36,7 +36,7 @@ def verify(folder: pathlib.Path) -> dict[str, float]:
 
     Returns:
       'jax': the largest difference (see TOLERANCE) of its vectors from the fingerprint; and where torch and
-      sentence-transformers are installed, and the architecture is transformers' own, 'sentence_transformers': the same
+      sentence-transformers are installed, and the class is transformers' own or ours, 'sentence_transformers': the same
       there, and 'padded': the largest difference between texts encoded together and each alone.
 
     Raises:
@@ -47,6 +47,7 @@ def verify(folder: pathlib.Path) -> dict[str, float]:
 
     from jaxembed.embedder import Embedder
     from jaxembed.hf.files import read_json
+    from jaxembed.hf.nomic_moe import AUTO_MAP
 
     if not (folder / FINGERPRINT).is_file():
         raise UserError(f"{folder}: no {FINGERPRINT} in it, so nothing to verify it against")
@@ -58,8 +59,10 @@ def verify(folder: pathlib.Path) -> dict[str, float]:
     with jax.default_matmul_precision("float32"):
         embedder = Embedder.load(folder)
         differences = {"jax": _difference(embedder.encode(texts), vectors)}
-    of_others = "auto_map" in read_json(folder / "config.json")  # whose class is code that is not ours to run
-    if importlib.util.find_spec("sentence_transformers") and not of_others:
+    code = read_json(folder / "config.json").get("auto_map")  # where the class is, if not in transformers
+    if code == AUTO_MAP and not _only_ours(folder):
+        raise UserError(f"{folder}: its config.json leads to code that jaxembed did not write, and which is not run")
+    if importlib.util.find_spec("sentence_transformers") and code in (None, AUTO_MAP):
         differences |= _verify_in_torch(folder, texts, vectors, embedder.blueprint.backbone.attention)
     wrong = {name: value for name, value in differences.items() if not value <= TOLERANCE}
     if wrong:
@@ -98,26 +101,30 @@ def _verify_in_torch(
 def _only_ours(folder: pathlib.Path) -> bool:
     """Whether there is code in the folder, all of it what our writer puts there, so that it may run.
 
-    An `auto_map` anywhere could name code that lies elsewhere, a link could lead to it.
+    An `auto_map` that is not our own could name code that lies elsewhere, a link could lead to it.
     """
+    from jaxembed.hf import nomic_moe
     from jaxembed.hf.writer import LATENT_CODE
 
     files = list(folder.rglob("*"))
-    if any(path.is_symlink() for path in files) or any(_maps_code(path) for path in files if path.suffix == ".json"):
+    if any(path.is_symlink() for path in files):
         return False
-    codes = [path.read_bytes() for path in files if path.suffix == ".py"]
-    return bool(codes) and all(code == LATENT_CODE.read_bytes() for code in codes)
+    content = {path: json.loads(path.read_bytes()) for path in files if path.suffix == ".json"}
+    config = content.get(folder / "config.json", {})
+    if config.get("auto_map") == nomic_moe.AUTO_MAP:
+        del config["auto_map"]
+    if any(map(_maps_code, content.values())):
+        return False
+    ours = {code.name: code.read_bytes() for code in (LATENT_CODE, nomic_moe.CODE)}
+    codes = [path for path in files if path.suffix == ".py"]
+    return bool(codes) and all(path.read_bytes() == ours.get(path.name) for path in codes)
 
 
-def _maps_code(path: pathlib.Path) -> bool:
-    """Whether the key `auto_map` stands anywhere in a JSON file."""
-
-    def found(value: Any) -> bool:
-        if isinstance(value, dict):
-            return "auto_map" in value or any(map(found, value.values()))
-        return isinstance(value, list) and any(map(found, value))
-
-    return found(json.loads(path.read_bytes()))
+def _maps_code(content: Any) -> bool:
+    """Whether the key `auto_map` stands anywhere in what a JSON file says."""
+    if isinstance(content, dict):
+        return "auto_map" in content or any(map(_maps_code, content.values()))
+    return isinstance(content, list) and any(map(_maps_code, content))
 
 
 def _check_loading(folder: pathlib.Path, kind: type) -> None:

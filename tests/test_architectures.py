@@ -39,11 +39,20 @@ SHAPES = {
     **{name: COMMON | {"num_key_value_heads": 2} for name in ("llama", "qwen2", "qwen3", "phi3", "gemma")},
     **{name: COMMON | {"num_key_value_heads": 2, "sliding_window": 5} for name in ("mistral", "gemma2")},
     "gemma3_text": COMMON | {"num_key_value_heads": 1, "sliding_window": 6, "sliding_window_pattern": 2},
+    "mixtral": COMMON | {"num_key_value_heads": 2, "num_local_experts": 4},
+    "qwen2_moe": COMMON
+    | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24}
+    | {"mlp_only_layers": [1]},
+    "qwen3_moe": COMMON
+    | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 2},
+    "olmoe": COMMON | {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True},
 }
+SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")  # whose causal states tests/models compares
 CASES = [
     (name, mode)
     for name, arch in ARCHITECTURES.items()
     for mode in (("native",) if arch.fixed_attention else ("bidirectional", "causal"))
+    if name not in SPARSE or mode == "bidirectional"
 ]
 WITH_CODE = ("jina_bert",)  # whose class is on the hub, not in transformers
 
@@ -269,6 +278,17 @@ def test_t5_knows_no_longest_text(tokenizers, mesh, tmp_path):
 def test_one_layer_of_modernbert(tokenizers, mesh, tmp_path):
     export_model(make("modernbert", "native", tokenizers, mesh), tmp_path, layers=1)
     verify(tmp_path)
+
+
+def test_the_first_layers_of_a_sparse_model(tokenizers, mesh, tmp_path):
+    """Of qwen2_moe's three layers the middle one is dense; of qwen3_moe's the others."""
+    export_model(make("qwen2_moe", "bidirectional", tokenizers, mesh), tmp_path / "two", layers=2)
+    verify(tmp_path / "two")
+    export_model(make("qwen2_moe", "bidirectional", tokenizers, mesh), tmp_path / "one", layers=1)
+    assert not any("mlp.up_proj" in name for name in open_tensors(tmp_path / "one"))
+    with pytest.raises(UserError, match=r"--layers=1: by decoder_sparse_step = 2 .* none of 1 layers is sparse"):
+        export_model(make("qwen3_moe", "bidirectional", tokenizers, mesh), tmp_path / "none", layers=1)
+    assert not (tmp_path / "none").exists()
 
 
 def test_vectors_of_any_length_verify(tokenizers, mesh, tmp_path):

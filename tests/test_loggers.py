@@ -21,6 +21,8 @@ LINE = {
     "tokens": 9,
     "eval/sts/dev": 80.0,
     "grad_norm": None,
+    "router/balance": 1.5,
+    "router/load": [[1.5, 0.5]],
 }
 
 
@@ -31,8 +33,8 @@ def write(workdir, config, steps, resumed_at=None):
             writer.write({**LINE, "step": step, "loss": float(step)})
 
 
-def test_numbers_are_grouped_and_words_left_out():
-    want = {"train/loss": 0.5, "speed/pairs_per_s": 7.0, "data/tokens": 9, "eval/sts/dev": 80.0}
+def test_numbers_are_grouped_and_words_and_lists_left_out():
+    want = {"train/loss": 0.5, "speed/pairs_per_s": 7.0, "data/tokens": 9, "eval/sts/dev": 80.0, "router/balance": 1.5}
     assert scalars(LINE) == want
 
 

@@ -42,6 +42,14 @@ def test_arrays_become_numbers_and_what_is_not_finite_null(tmp_path):
     }
 
 
+def test_arrays_become_lists_of_few_digits(tmp_path):
+    load = np.array([[1.23456, 0.76544], [2, 0]], np.float32)
+    with MetricsWriter(tmp_path, None) as writer:
+        writer.write({"step": 1, "router/load": load, "a": jnp.array([np.inf, 0.1])})
+    want = {"step": 1, "router/load": [[1.235, 0.765], [2.0, 0.0]], "a": [None, 0.1]}
+    assert read_metrics(tmp_path) == [want]
+
+
 def test_a_resumed_run_cuts_off_what_came_after_its_checkpoint(tmp_path):
     write(tmp_path, range(1, 8))
     before = (tmp_path / "metrics.jsonl").read_text().splitlines()

@@ -15,7 +15,15 @@ from jaxembed.config import MeshConfig
 from jaxembed.verification import verify
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-NAMES = ("qwen3_0p6b", "mistral_7b_lora", "embeddinggemma", "modernbert", "t5_encoder")
+NAMES = (
+    "qwen3_0p6b",
+    "mistral_7b_lora",
+    "embeddinggemma",
+    "modernbert",
+    "t5_encoder",
+    "nomic_moe",
+    "qwen3_30b_a3b",
+)
 STEPS = 2
 
 

@@ -2,13 +2,16 @@
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from jaxembed.config import nearest
 from jaxembed.errors import UserError
-from jaxembed.hf import bert, decoders, jina_bert, modernbert, mpnet, nomic_bert, t5
+from jaxembed.hf import bert, decoders, jina_bert, modernbert, mpnet, nomic_bert, nomic_moe, sparse_decoders, t5
 from jaxembed.hf.attention_modes import OURS, with_modes
 from jaxembed.hf.rope import RopeWords
 from jaxembed.hf.table import Row, Shape
@@ -29,7 +32,8 @@ class Architecture:
     """All that is particular to one `model_type`.
 
     Attributes:
-      model_type: the name in config.json, and of `config.model.arch`. (Only 'jina_bert' says 'bert' in config.json.)
+      model_type: the name in config.json, and of `config.model.arch`. (But 'jina_bert' says 'bert' in config.json, and
+        'nomic_moe' 'nomic_bert'.)
       hf_class: the class of transformers that opens what we write.
       backbone: our class, called with (key, its config, ModelOptions).
       attention: mode → the fields of config.json by which transformers knows it; {} where it needs none. Modes that
@@ -49,7 +53,9 @@ class Architecture:
       cuts: how transformers cuts texts into words, where it does not follow tokenizer.json.
       rope: how config.json speaks of rotary positions; None where there are none that could be scaled.
       spelled: config.json → the same in every spelling that programs read; for what is read, and what is written.
+      unpacked: a checkpoint's tensors, by name → the same where some hold what is several tensors in the table: views.
       depth: the field of config.json that says how many layers there are.
+      code: a file of ours that folders hold, with the class that opens them; None where that is in transformers.
     """
 
     model_type: str
@@ -69,7 +75,9 @@ class Architecture:
     bounded: bool = True
     rope: RopeWords | None = None
     spelled: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
+    unpacked: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] = dict
     depth: str = "num_hidden_layers"
+    code: pathlib.Path | None = None
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -148,6 +156,10 @@ def _t5(model_type: str, hf_class: str, since: str) -> Architecture:
 
 
 def _decoder(family: decoders.Family) -> Architecture:
+    experts = {}
+    if family.experts:
+        unpacked = functools.partial(sparse_decoders.per_expert, family.experts)
+        experts = {"unpacked": unpacked, "renames": family.experts.renames}
     return Architecture(
         model_type=family.model_type,
         hf_class=family.hf_class,
@@ -164,6 +176,7 @@ def _decoder(family: decoders.Family) -> Architecture:
         rope=family.rope,
         spelled=functools.partial(decoders.spelled, family),
         cuts=qwen_words if family.model_type == "qwen2" else None,
+        **experts,
     )
 
 
@@ -206,6 +219,18 @@ ARCHITECTURES: dict[str, Architecture] = {
             spelled=nomic_bert.spelled,
         ),
         _encoder(
+            "nomic_moe",
+            "NomicBertModel",
+            NomicBert,
+            nomic_moe,
+            nomic_moe.fresh_hf_config,
+            prefixes=("", "bert.", "nomic_bert."),
+            transformers="5.23.0",
+            spelled=nomic_moe.spelled,
+            depth="n_layer",
+            code=nomic_moe.CODE,
+        ),
+        _encoder(
             "modernbert",
             "ModernBertModel",
             ModernBert,
@@ -237,4 +262,9 @@ def architecture_of(hf_config: Mapping[str, Any], where: str = "config.json") ->
     Raises:
       UserError: it is not known.
     """
-    return architecture("jina_bert" if jina_bert.is_jina_bert(hf_config) else hf_config.get("model_type"), where)
+    name = hf_config.get("model_type")
+    if jina_bert.is_jina_bert(hf_config):
+        name = "jina_bert"
+    elif nomic_moe.is_nomic_moe(hf_config):
+        name = "nomic_moe"
+    return architecture(name, where)

@@ -1,4 +1,7 @@
-"""The Hugging Face side of decoder-shaped models: llama, mistral, qwen2, qwen3, gemma 1 to 3 (text), phi3."""
+"""The Hugging Face side of decoder-shaped models.
+
+Dense: llama, mistral, qwen2, qwen3, gemma 1 to 3 (text), phi3. Sparse: mixtral, qwen2_moe, qwen3_moe, olmoe.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,11 +9,13 @@ from typing import Any
 
 from jaxembed.config import nearest
 from jaxembed.errors import UserError
+from jaxembed.hf import sparse_decoders
 from jaxembed.hf.attention_modes import read_modes
 from jaxembed.hf.fields import SpecialIds, read_activation, read_count, read_number
 from jaxembed.hf.rope import RopeWords, read_rope
 from jaxembed.hf.rows import linear_rows, projection_rows
-from jaxembed.hf.table import Fused, Linear, PadRows, Row
+from jaxembed.hf.sparse_decoders import MIXTRAL, OLMOE, QWEN2, QWEN3, ExpertWords
+from jaxembed.hf.table import Flat, Fused, Linear, PadRows, Row, Same
 from jaxembed.models.transformer import TransformerConfig, Window
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -63,6 +68,7 @@ class Family:
       rope: how it speaks of rotary positions.
       causal: the fields by which it says that attention sees only what is before; {} where that needs none.
       fused: whether queries, keys and values lie in one tensor, and the gate with the MLP's input in another.
+      experts: how it speaks of experts; None for a dense model.
     """
 
     model_type: str
@@ -73,6 +79,7 @@ class Family:
     rope: RopeWords = ALIKE
     causal: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fused: bool = False
+    experts: ExpertWords | None = None
 
 
 FAMILIES: dict[str, Family] = {
@@ -155,6 +162,63 @@ FAMILIES: dict[str, Family] = {
             RopeWords(kinds=("longrope",), longrope_names=("su", "yarn")),
             fused=True,
         ),
+        Family(
+            "mixtral",
+            "MixtralModel",
+            "4.36.0",
+            _COMMON
+            | {
+                "num_key_value_heads": 8,
+                "head_dim": None,
+                "max_position_embeddings": 131_072,
+                "rms_norm_eps": 1e-5,
+                "sliding_window": None,
+                **MIXTRAL.defaults,
+            },
+            BIDIRECTIONAL,
+            RopeWords(1_000_000.0),
+            experts=MIXTRAL,
+        ),
+        Family(
+            "qwen2_moe",
+            "Qwen2MoeModel",
+            "4.40.0",
+            _QWEN | {"num_key_value_heads": 16, "qkv_bias": True, **QWEN2.defaults},
+            BIDIRECTIONAL,
+            experts=QWEN2,
+        ),
+        Family(
+            "qwen3_moe",
+            "Qwen3MoeModel",
+            "4.51.0",
+            _COMMON
+            | {
+                "num_key_value_heads": 4,
+                "head_dim": None,
+                "max_position_embeddings": 32_768,
+                "attention_bias": False,
+                "use_sliding_window": False,
+                "sliding_window": 4096,
+                **QWEN3.defaults,
+            },
+            BIDIRECTIONAL,
+            experts=QWEN3,
+        ),
+        Family(
+            "olmoe",
+            "OlmoeModel",
+            "4.45.0",
+            _COMMON
+            | {
+                "max_position_embeddings": 4096,
+                "rms_norm_eps": 1e-5,
+                "attention_bias": False,
+                "clip_qkv": None,
+                **OLMOE.defaults,
+            },
+            BIDIRECTIONAL,
+            experts=OLMOE,
+        ),
     )
 }
 FRESH_LENGTH = 512  # longest text of a model from scratch, where its shape does not say
@@ -162,25 +226,22 @@ FRESH_LENGTH = 512  # longest text of a model from scratch, where its shape does
 
 def rows(family: Family, config: TransformerConfig) -> tuple[Row, ...]:
     """Returns the table of names; see `jaxembed.hf.table`."""
-    layer, attention, mlp = "layers.{i}.", "layers.{i}.self_attn.", "layers.{i}.mlp."
+    layer, attention = "layers.{i}.", "layers.{i}.self_attn."
     inner = {"q_proj": "query", "k_proj": "key", "v_proj": "value"}
-    gates = {"gate_proj": "gate", "up_proj": "up"}
     found = [
         Row("embed_tokens.weight", "token/embedding", PadRows(config.vocab_size)),
         Row("norm.weight", "norm/scale"),
     ]
     if family.fused:
-        found += [
-            _fused(f"{attention}qkv_proj.weight", [f"layers/attention/{ours}/kernel" for ours in inner.values()]),
-            _fused(f"{mlp}gate_up_proj.weight", [f"layers/mlp/{ours}/kernel" for ours in gates.values()]),
-        ]
+        found += [_fused(f"{attention}qkv_proj.weight", [f"layers/attention/{ours}/kernel" for ours in inner.values()])]
     else:
         for hf, ours in inner.items():
             found += projection_rows(f"{attention}{hf}", f"layers/attention/{ours}", config.qkv_bias)
-        for hf, ours in gates.items():
-            found += linear_rows(f"{mlp}{hf}", f"layers/mlp/{ours}", bias=config.mlp_bias)
     found += linear_rows(f"{attention}o_proj", "layers/attention/out", inputs=2, bias=config.out_bias)
-    found += linear_rows(f"{mlp}down_proj", "layers/mlp/down", bias=config.mlp_bias)
+    if family.experts:
+        found += sparse_decoders.rows(family.experts, config.experts, config.sparse)
+    else:
+        found += _mlp_rows(family, config.mlp_bias)
     norms = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
     if config.sandwich:
         norms |= {
@@ -188,9 +249,21 @@ def rows(family: Family, config: TransformerConfig) -> tuple[Row, ...]:
             "pre_feedforward_layernorm": "mlp_norm",
             "post_feedforward_layernorm": "mlp_out_norm",
         }
+    found += [Row(f"{layer}{hf}.weight", f"layers/{ours}/scale") for hf, ours in norms.items()]
     if config.qk_norm:
-        norms |= {"self_attn.q_norm": "attention/query_norm", "self_attn.k_norm": "attention/key_norm"}
-    return *found, *(Row(f"{layer}{hf}.weight", f"layers/{ours}/scale") for hf, ours in norms.items())
+        turned = Flat() if config.qk_norm_joint else Same()
+        of_heads = {"q_norm": "query_norm", "k_norm": "key_norm"}
+        found += [Row(f"{attention}{hf}.weight", f"layers/attention/{o}/scale", turned) for hf, o in of_heads.items()]
+    return tuple(found)
+
+
+def _mlp_rows(family: Family, bias: bool) -> list[Row]:
+    mlp, ours = "layers.{i}.mlp.", "layers/mlp/"
+    down = linear_rows(f"{mlp}down_proj", f"{ours}down", bias=bias)
+    if family.fused:
+        return [_fused(f"{mlp}gate_up_proj.weight", [f"{ours}gate/kernel", f"{ours}up/kernel"]), *down]
+    into = [linear_rows(f"{mlp}{name}_proj", f"{ours}{name}", bias=bias) for name in ("gate", "up")]
+    return [*into[0], *into[1], *down]
 
 
 def _fused(hf: str, ours: list[str]) -> Fused:
@@ -211,6 +284,8 @@ def config_from_hf(family: Family, hf: Mapping[str, Any], where: str = "config.j
     """
     if hf.get("quantization_config"):
         raise UserError(f"{where}: quantization_config: quantised weights are not read; take the model's own weights")
+    if family.experts:
+        hf = sparse_decoders.spelled(family.experts, hf, where)
     hf = {**family.defaults, **hf}
     n_layers, heads = (read_count(hf, field, where) for field in ("num_hidden_layers", "num_attention_heads"))
     kv_heads = read_count(hf, "num_key_value_heads", where, heads)
@@ -246,18 +321,28 @@ def config_from_hf(family: Family, hf: Mapping[str, Any], where: str = "config.j
         activation=read_activation(hf, activation, where, family.defaults[activation]),
         initializer_range=read_number(hf, "initializer_range", where),
     )
-    return dataclasses.replace(config, **_particular(family, hf, width, where))
+    if family.experts:
+        shape, sparse = sparse_decoders.read_experts(family.experts, hf, n_layers, config.activation, where)
+        config = dataclasses.replace(config, experts=shape, sparse=sparse)
+    return dataclasses.replace(config, **_particular(family, hf, config, where))
 
 
-def _particular(family: Family, hf: Mapping[str, Any], width: int, where: str) -> dict[str, Any]:
-    """Returns the fields in which the families differ."""
-    bias = bool(hf.get("attention_bias"))
+def _particular(family: Family, hf: Mapping[str, Any], config: TransformerConfig, where: str) -> dict[str, Any]:
+    """Returns the fields in which the families differ, of a config that has the others."""
+    bias, width = bool(hf.get("attention_bias")), config.width
     if family.model_type == "llama":
         return {"qkv_bias": bias, "out_bias": bias, "mlp_bias": bool(hf["mlp_bias"])}
     if family.model_type == "qwen2":
         return {"qkv_bias": True}
-    if family.model_type == "qwen3":
+    if family.model_type == "qwen2_moe":
+        return {"qkv_bias": bool(hf["qkv_bias"])}
+    if family.model_type in ("qwen3", "qwen3_moe"):
         return {"qkv_bias": bias, "out_bias": bias, "qk_norm": True}
+    if family.model_type == "olmoe":
+        if config.head_width * config.heads != width:
+            raise UserError(f"{where}: head_dim = {config.head_width}: olmoe's is hidden_size / num_attention_heads")
+        clip = 0.0 if hf["clip_qkv"] is None else read_number(hf, "clip_qkv", where)
+        return {"qkv_bias": bias, "out_bias": bias, "qk_norm": True, "qk_norm_joint": True, "clip_qkv": clip}
     if family.model_type == "gemma":
         # The first folders say 'gelu' and mean its approximation, as transformers takes it.
         act = {"activation": "gelu_tanh"} if hf["hidden_act"] == "gelu" else {}
@@ -290,8 +375,10 @@ def _local(family: Family, hf: Mapping[str, Any], n_layers: int, where: str) -> 
         if family.model_type == "gemma3_text":
             pattern = read_count(hf, "sliding_window_pattern", where)
             return tuple((i + 1) % pattern != 0 for i in numbers)
-        first = read_count(hf, "max_window_layers", where) if windowed and hf["max_window_layers"] != 0 else 0
-        return tuple(windowed and i >= first for i in numbers)
+        edge = read_count(hf, "max_window_layers", where) if windowed and hf["max_window_layers"] != 0 else 0
+        if family.model_type == "qwen2_moe":
+            return tuple(windowed and i < edge and i % 2 == 0 for i in numbers)
+        return tuple(windowed and i >= edge for i in numbers)
     if not isinstance(types, list | tuple) or len(types) != n_layers or not set(types) <= set(LAYER_TYPES):
         raise UserError(f"{where}: layer_types = {types!r}: wants {n_layers} of {', '.join(LAYER_TYPES)}")
     return tuple(kind == "sliding_attention" for kind in types)
@@ -321,9 +408,10 @@ def _is_bidirectional(family: Family, hf: Mapping[str, Any]) -> bool:
 def spelled(family: Family, hf: Mapping[str, Any]) -> dict[str, Any]:
     """Returns config.json in every spelling that programs read: rotary positions, and both words for bidirectional.
 
-    Some folders only have TEI's word, which transformers does not know.
+    Some folders only have TEI's word, which transformers does not know. The number of experts is in the hub's spelling,
+    which all read.
     """
-    out = family.rope.spelled(hf)
+    out = family.rope.spelled(sparse_decoders.spelled(family.experts, hf) if family.experts else hf)
     words = family.bidirectional if "is_causal" in family.bidirectional and _is_bidirectional(family, hf) else {}
     return out | dict(words)
 

@@ -4,8 +4,9 @@ Each process reads the bytes that its own devices hold, and little more than PIE
 beside what is on the devices.
 """
 
+import math
 import mmap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -48,35 +49,51 @@ def _load_leaf(leaf: LazyLeaf, target: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def _read_onto(device: jax.Device, leaf: LazyLeaf, index: Index, dtype: np.dtype) -> jax.Array:
-    """Reads one device's part of a leaf, in pieces along axis 0."""
-    shape = tuple(len(range(*s.indices(n))) for s, n in zip(index, leaf.shape))
-    bytes_per_row = int(np.prod(shape[1:], dtype=np.int64)) * np.dtype(dtype).itemsize if shape else 1
-    rows = max(1, PIECE_BYTES // max(1, bytes_per_row))
-    if not shape or shape[0] <= rows:
+    """Reads one device's part of a leaf, in pieces along axis 0, of experts along axis 1 too."""
+    ranges = [range(*s.indices(n)) for s, n in zip(index, leaf.shape)]
+    shape = tuple(map(len, ranges))
+    pieces = list(_pieces(shape, PIECE_BYTES // np.dtype(dtype).itemsize, max(1, leaf.stacked)))
+    if len(pieces) == 1:
         whole = jax.device_put(leaf.read(index, dtype), device)
         _forget(leaf)
         return whole
-    start, stop, _ = index[0].indices(leaf.shape[0])
     with jax.set_mesh(jax.sharding.Mesh([device], "alone")):  # not the run's mesh, which one device is only part of
         buffer = jax.jit(lambda: jax.numpy.zeros(shape, dtype))()
-        for first in range(start, stop, rows):
-            piece = leaf.read((slice(first, min(first + rows, stop)), *index[1:]), dtype)
-            buffer = _write(buffer, jax.device_put(piece, device), first - start)
+        for piece in pieces:
+            here = tuple(slice(r.start + p.start, r.start + p.stop) for r, p in zip(ranges, piece))
+            values = leaf.read((*here, *index[len(here) :]), dtype)
+            starts = [p.start for p in piece] + [0] * (len(shape) - len(piece))
+            buffer = _write(buffer, jax.device_put(values, device), starts)
             buffer.block_until_ready()  # or pieces would gather in memory, on their way
             _forget(leaf)
     return jax.device_put(buffer, device)
 
 
+def _pieces(shape: Sequence[int], entries: int, axes: int) -> Iterator[Index]:
+    """Cuts an array into pieces of up to so many entries, as far as its first axes allow; yields their slices there."""
+    if axes == 0 or math.prod(shape) <= entries:
+        yield ()
+        return
+    step = max(1, entries // math.prod(shape[1:]))
+    for first in range(0, shape[0], step):
+        here = slice(first, min(first + step, shape[0]))
+        for rest in _pieces(shape[1:], entries, axes - 1) if step == 1 else ((),):
+            yield here, *rest
+
+
 @jax.jit(donate_argnums=0)
-def _write(buffer: jax.Array, piece: jax.Array, first: int) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(buffer, piece, first, 0)
+def _write(buffer: jax.Array, piece: jax.Array, starts: Sequence[int]) -> jax.Array:
+    return jax.lax.dynamic_update_slice(buffer, piece, starts)
 
 
 def _forget(leaf: LazyLeaf) -> None:
     """Gives the pages read so far back to the system, which else count as this process's memory."""
+    files = {}
     for part in leaf.parts:
         owner = part
         while isinstance(owner, np.ndarray):
             owner = owner.base
-        if isinstance(owner, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-            owner.madvise(mmap.MADV_DONTNEED)
+        if isinstance(owner, mmap.mmap):
+            files[id(owner)] = owner
+    for file in files.values() if hasattr(mmap, "MADV_DONTNEED") else ():
+        file.madvise(mmap.MADV_DONTNEED)

@@ -75,10 +75,9 @@ def config_from_hf(hf: Mapping[str, Any], where: str = "config.json") -> NomicBe
     Raises:
       UserError: a size is missing or no whole number, or the config asks for something that the model cannot do.
     """
-    if hf.get("num_experts") or hf.get("moe_every_n_layers"):
-        raise UserError(
-            f"{where}: num_experts = {hf.get('num_experts')!r}: Nomic's mixture of experts is not supported"
-        )
+    for field in ("num_experts", "moe_every_n_layers"):
+        if hf.get(field):
+            raise UserError(f"{where}: {field} = {hf[field]!r}: 'nomic_bert' has no experts, 'nomic_moe' has")
     named = _in_transformers_words(hf, where)
     refuse_others(named, where, {"hidden_act": ("silu",), **{field: (value,) for field, value in FIXED.items()}})
     width, heads = read_count(named, "hidden_size", where), read_count(named, "num_attention_heads", where)

@@ -23,6 +23,8 @@ from jaxembed.storage import AnyPath, is_url
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 KERNEL = "/kernel"
+# Of sparse parts: no `Linear`s that adapters can stand beside, here or in peft.
+NOT_LINEAR = tuple(f"experts/{name}{KERNEL}" for name in ("router", "up", "down", "gate"))
 
 
 def linear_layers(rows: Sequence[Row], pattern: str, where: str) -> tuple[str, ...]:
@@ -189,10 +191,10 @@ adapters has no place to say:
 def _tensors(rows: Sequence[Row], layers: int, adapters: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
     for row in rows:
         kernels = [(path, transform) for path, (_, transform) in zip(_paths(row), row.parts)]
-        for i, name in enumerate(row.names(layers), row.first):
+        for name, place in row.places(layers):
             module = f"base_model.model.{name.removesuffix('.weight')}"
-            a = [transform.to_hf(adapters[f"{path}/{NAME}/a"][i]) for path, transform in kernels]
-            b = [Linear().to_hf(adapters[f"{path}/{NAME}/b"][i]) for path, _ in kernels]
+            a = [transform.to_hf(adapters[f"{path}/{NAME}/a"][place]) for path, transform in kernels]
+            b = [Linear().to_hf(adapters[f"{path}/{NAME}/b"][place]) for path, _ in kernels]
             yield (
                 f"{module}.lora_A.weight",
                 np.ascontiguousarray(np.concatenate(a)),
@@ -211,7 +213,8 @@ def _block_diagonal(blocks: Sequence[np.ndarray]) -> np.ndarray:
 
 def _is_linear(row: Row) -> bool:
     """Whether the tensor is the weight of linear layers, one in each layer of the backbone."""
-    return row.stacked and all(isinstance(transform, Linear) and p.endswith(KERNEL) for p, transform in row.parts)
+    kernels = all(isinstance(transform, Linear) and path.endswith(KERNEL) for path, transform in row.parts)
+    return row.stacked == 1 and kernels and row.ours not in NOT_LINEAR
 
 
 def _name(row: Row) -> str:

@@ -20,10 +20,11 @@ from jaxembed.sharding import to_host
 
 Shape = tuple[int, ...]
 Index = tuple[slice, ...]
+LISTED = 200  # problems in one message: a model of many experts has thousands of tensors
 
 
 class Transform(Protocol):
-    """How a tensor's axes are turned, both ways, without copying. Shapes are those of one layer."""
+    """How a tensor's axes are turned, both ways, without copying. Shapes are those of one tensor."""
 
     def hf_shape(self, shape: Shape) -> Shape:
         """Returns the shape of the checkpoint's tensor for a leaf of this shape."""
@@ -100,11 +101,13 @@ class Row:
     """One leaf of ours and the tensors it is made of.
 
     Attributes:
-      hf: the tensor's name; with '{i}' in it a tensor per layer, stacked on our leaf's axis 0.
+      hf: the tensor's name; with '{i}' in it a tensor per layer, stacked on our leaf's axis 0, and with '{x}' too one
+        per layer and expert, stacked on its axes 0 and 1.
       ours: the leaf's path, joined by '/'.
-      transform: how a layer's axes are turned.
+      transform: how a tensor's axes are turned.
       first: the first layer that has the tensor; the leaf of those before is zero, and not used.
       at: the numbers of the layers that have the tensor, the leaf being stacked over these alone; () = all layers.
+      experts: X, where there is one per expert.
     """
 
     hf: str
@@ -112,6 +115,7 @@ class Row:
     transform: Transform = Same()
     first: int = 0
     at: tuple[int, ...] = ()
+    experts: int = 0
 
     @property
     def parts(self) -> tuple[tuple[str, Transform], ...]:
@@ -119,21 +123,29 @@ class Row:
         return ((self.ours, self.transform),)
 
     @property
-    def stacked(self) -> bool:
-        """Whether the leaf holds all layers."""
-        return "{i}" in self.hf
+    def stacked(self) -> int:
+        """How many of the leaf's first axes run over tensors: layers, and experts."""
+        return ("{i}" in self.hf) + ("{x}" in self.hf)
 
-    def depth(self, layers: int) -> int:
-        """Returns over how many layers a stacked leaf is stacked, of a model with so many."""
-        return len(self.at) or layers
+    def lead(self, layers: int) -> Shape:
+        """Returns the lengths of these axes, of a model with so many layers."""
+        return (len(self.at) or layers, self.experts)[: self.stacked]
+
+    def places(self, layers: int) -> list[tuple[str, tuple[int, ...]]]:
+        """Returns the names of the tensors, each with its index on these axes, in their order."""
+        if not self.stacked:
+            return [(self.hf, ())]
+        numbers = enumerate(self.at or range(self.first, layers), self.first)
+        experts = range(self.experts or 1)
+        return [(self.hf.format(i=i, x=x), (place, x)[: self.stacked]) for place, i in numbers for x in experts]
 
     def names(self, layers: int) -> list[str]:
-        """Returns the names of the tensors, in the order of the layers."""
-        return [self.hf.format(i=i) for i in self.at or range(self.first, layers)] if self.stacked else [self.hf]
+        """Returns the names of the tensors, in their order."""
+        return [name for name, _ in self.places(layers)]
 
-    def layer_shape(self, shape: Shape) -> Shape:
-        """Returns the shape of one layer of a leaf of this shape."""
-        return shape[1:] if self.stacked else shape
+    def tensor_shape(self, shape: Shape) -> Shape:
+        """Returns what of a leaf of this shape belongs to one tensor."""
+        return shape[self.stacked :]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,9 +167,21 @@ class Fused(Row):
         return ((self.ours, self.transform), *self.others)
 
 
-def leaves_of(rows: Sequence[Row], stacked_only: bool = False) -> set[str]:
-    """Returns the paths of the leaves that the rows make; `stacked_only`: of those that hold all layers."""
-    return {ours for row in rows if row.stacked or not stacked_only for ours, _ in row.parts}
+def leaves_of(rows: Sequence[Row]) -> set[str]:
+    """Returns the paths of the leaves that the rows make."""
+    return {ours for row in rows for ours, _ in row.parts}
+
+
+def first_layers(rows: Sequence[Row], leaves: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """Returns the leaves of a model that is cut to its first layers.
+
+    Args:
+      rows: the table of the smaller model.
+      leaves: path → array of the whole model, of one axis at least.
+      layers: how many there are left.
+    """
+    lengths = {ours: row.lead(layers)[:1] for row in rows for ours, _ in row.parts}
+    return {ours: leaves[ours][tuple(map(slice, length))] for ours, length in lengths.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,14 +191,14 @@ class LazyLeaf:
     Attributes:
       shape: of the whole leaf.
       dtype: the checkpoint's.
-      parts: a view per layer of a stacked leaf, else one.
-      stacked: whether axis 0 runs over the parts.
+      parts: a view for each place on the stacked axes, those of the last axis one behind the other; else one.
+      stacked: how many of the first axes run over the parts.
     """
 
     shape: Shape
     dtype: np.dtype
     parts: tuple[np.ndarray, ...]
-    stacked: bool
+    stacked: int
 
     def __getitem__(self, index: Index) -> np.ndarray:
         """Reads the slices `index` (the missing ones at the end are whole) in the checkpoint's dtype."""
@@ -185,12 +209,14 @@ class LazyLeaf:
         whole = (*index, *(slice(None),) * (len(self.shape) - len(index)))
         ranges = [range(*s.indices(n)) for s, n in zip(whole, self.shape)]
         out = np.zeros([len(r) for r in ranges], dtype)
-        within = tuple(slice(r.start, r.stop, r.step) for r in (ranges[1:] if self.stacked else ranges))
-        targets = [out[j, ...] for j in range(len(out))] if self.stacked else [out]
-        parts = [self.parts[i] for i in ranges[0]] if self.stacked else self.parts
-        for target, part in zip(targets, parts):
-            values = part[within]  # numpy clips at the end of a part that has fewer rows than the leaf
-            target[tuple(slice(n) for n in values.shape)] = values
+        within = tuple(slice(r.start, r.stop, r.step) for r in ranges[self.stacked :])
+        for target in np.ndindex(*map(len, ranges[: self.stacked])):
+            number = 0
+            for r, i, n in zip(ranges, target, self.shape):
+                number = number * n + r[i]
+            values = self.parts[number][within]
+            # numpy clips at the end of a part that has fewer rows than the leaf
+            out[(*target, *(slice(n) for n in values.shape))] = values
         return out
 
 
@@ -222,7 +248,7 @@ def import_leaves(
 
     Raises:
       UserError: lists every tensor that is missing, unknown, misshaped or not floating point, and every leaf that no
-        row fills.
+        row fills, LISTED of these at most.
     """
     named, problems = _normalise(tensors, rows, prefixes, renames)
     leaves: dict[str, LazyLeaf] = {}
@@ -231,10 +257,10 @@ def import_leaves(
         problems += [f"the model has no leaf {ours} for the tensors {row.hf}" for ours in absent]
         if absent:
             continue
-        if row.stacked and shapes[row.ours][0] != row.depth(layers):
-            depth = row.depth(layers)
-            raise ValueError(f"leaf {row.ours} of shape {shapes[row.ours]} is not stacked over {depth} layers")
-        wanted = {ours: t.hf_shape(row.layer_shape(tuple(shapes[ours]))) for ours, t in row.parts}
+        lead = row.lead(layers)
+        if tuple(shapes[row.ours][: row.stacked]) != lead:
+            raise ValueError(f"leaf {row.ours} of shape {shapes[row.ours]} is not stacked over {lead}")
+        wanted = {ours: t.hf_shape(row.tensor_shape(tuple(shapes[ours]))) for ours, t in row.parts}
         first, *others = wanted.values()
         whole = (first[0] + sum(shape[0] for shape in others), *first[1:]) if others else first
         found = {name: named.pop(name, None) for name in row.names(layers)}
@@ -248,7 +274,7 @@ def import_leaves(
         if not any(fnmatch.fnmatchcase(name, pattern) for pattern in ignored):
             problems.append(f"unknown tensor {name} {list(tensor.shape)}")
     if problems:
-        every = "; ".join(problems)
+        every = "; ".join(problems[:LISTED]) + (f"; and {len(problems) - LISTED:,} more" * (len(problems) > LISTED))
         raise UserError(f"{where}: the weights do not fit the model: {every}")
     return leaves
 
@@ -260,15 +286,15 @@ def _cut(
     leaves, start = {}, 0
     for ours, transform in row.parts:
         shape = tuple(shapes[ours])
-        one_layer = row.layer_shape(shape)
+        one = row.tensor_shape(shape)
         pieces = tensors
         if len(row.parts) > 1:
             pieces = [tensor[start : start + wanted[ours][0]] for tensor in tensors]
             start += wanted[ours][0]
-        parts = [transform.to_ours(piece, one_layer) for piece in pieces]
+        parts = [transform.to_ours(piece, one) for piece in pieces]
         dtype = tensors[0].dtype if tensors else np.dtype(np.float32)  # a stack may end before `first`
-        nothing = np.zeros((0, *one_layer[1:]), dtype)
-        absent = shape[0] - len(parts) if row.stacked else 0
+        nothing = np.zeros((0, *one[1:]), dtype)
+        absent = math.prod(shape[: row.stacked]) - len(parts)
         leaves[ours] = LazyLeaf(shape, dtype, (*[nothing] * absent, *parts), row.stacked)
     return leaves
 
@@ -317,7 +343,7 @@ def export_tensors(rows: Sequence[Row], leaves: Mapping[str, Any], layers: int) 
     if leaves_of(rows) != set(leaves):
         odd = sorted(leaves_of(rows) ^ set(leaves))
         raise ValueError(f"leaves without a row of the table, or rows without a leaf: {', '.join(odd)}")
-    if any(leaves[ours].shape[0] != row.depth(layers) for row in rows if row.stacked for ours, _ in row.parts):
+    if any(leaves[ours].shape[: row.stacked] != row.lead(layers) for row in rows for ours, _ in row.parts):
         raise ValueError(f"stacked leaves do not hold {layers} layers")
     return _export(rows, leaves, layers)
 
@@ -325,6 +351,6 @@ def export_tensors(rows: Sequence[Row], leaves: Mapping[str, Any], layers: int) 
 def _export(rows: Sequence[Row], leaves: Mapping[str, Any], layers: int) -> Iterator[tuple[str, np.ndarray]]:
     for row in rows:
         wholes = [(to_host(leaves[ours]), transform) for ours, transform in row.parts]
-        for i, name in enumerate(row.names(layers), row.first):
-            pieces = [transform.to_hf(leaf[i] if row.stacked else leaf) for leaf, transform in wholes]
+        for name, place in row.places(layers):
+            pieces = [transform.to_hf(leaf[place]) for leaf, transform in wholes]
             yield name, pieces[0] if len(pieces) == 1 else np.concatenate(pieces)

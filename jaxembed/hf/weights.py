@@ -48,7 +48,7 @@ def backbone_leaves(folder: Folder, shapes: Mapping[str, Shape]) -> dict[str, La
     architecture = folder.architecture
     return import_leaves(
         architecture.rows(folder.config),
-        open_tensors(folder.transformer),
+        architecture.unpacked(open_tensors(folder.transformer)),
         shapes,
         folder.config.layers,
         where=str(folder.transformer),

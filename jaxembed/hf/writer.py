@@ -1,4 +1,4 @@
-"""Writing a folder that sentence-transformers and transformers open without remote code.
+"""Writing a folder that sentence-transformers and transformers open, without remote code wherever they have a class.
 
 The legacy spelling of sentence-transformers' files is written: all its versions, and the other programs that serve such
 folders, read it.
@@ -126,6 +126,8 @@ def write_folder(
     with replacing(out, _is_exported, "config.json") as folder:
         _write_json(folder / "config.json", _model_config(hf_config, architecture, dtype))
         write_tensors(folder, _backbone_tensors(architecture, config, leaves, unused or {}, kind))
+        if architecture.code:
+            shutil.copy(architecture.code, folder)
         tokenizer.save(folder, max_length)
         _write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
         kinds = _write_modules(folder, width, pooling, pool_prompt, projection, head or {}, config.layers, kind)

@@ -19,7 +19,7 @@ def router_loss(sums: RouterSums, config: RouterConfig) -> tuple[jax.Array, Metr
     Load balance is X Σ_e f_e p_e, f_e the part of all choices that took expert e and p_e its mean probability: 1 where
     all experts are alike (Switch Transformer, Fedus et al. 2021, arXiv:2101.03961, with f of all k choices). The z-loss
     is the mean square of the logits' log-sum-exp (ST-MoE, Zoph et al. 2022, arXiv:2202.08906). Both are averaged over
-    the sparse layers.
+    the sparse layers. Where sources pick the experts there is no router, so neither.
 
     Args:
       sums: over the batch, each array with an axis 0 of the n sparse layers.
@@ -34,16 +34,18 @@ def router_loss(sums: RouterSums, config: RouterConfig) -> tuple[jax.Array, Metr
     count = sums.load.shape[-1]
     tokens = jnp.maximum(sums.tokens, 1)
     share = sums.load / jnp.maximum(sums.load.sum(-1, keepdims=True), 1)
-    balance = (count * (share * sums.probability / tokens[:, None]).sum(-1)).mean()
-    z = (sums.z / tokens).mean()
     load = count * share
     metrics = {
-        "router/balance": balance,
-        "router/z": z,
-        "router/entropy": (sums.entropy / tokens).mean() / jnp.log(count),
         "router/busiest": load.max(),
         "router/idlest": load.min(),
         "router/dropped": (sums.dropped / tokens).mean(),
         "router/load": load,
     }
-    return config.balance * balance + config.z * z, jax.lax.stop_gradient(metrics)
+    value = jnp.zeros(())
+    if sums.probability is not None:
+        balance = (count * (share * sums.probability / tokens[:, None]).sum(-1)).mean()
+        z = (sums.z / tokens).mean()
+        entropy = (sums.entropy / tokens).mean() / jnp.log(max(count, 2))
+        metrics |= {"router/balance": balance, "router/z": z, "router/entropy": entropy}
+        value = config.balance * balance + config.z * z
+    return value, jax.lax.stop_gradient(metrics)

@@ -1,9 +1,9 @@
 """Floating-point operations of a step, by the model's own formula: those of real tokens, without any recomputation.
 
-A product of [m, k] and [k, n] counts 2 m k n. Counted: linear layers of the backbone and of the head, adapters, and
-attention's two products (scores, and weights with values). Not counted, as in PaLM's count (Chowdhery et al. 2022,
-arXiv:2204.02311, appendix B): look-ups, norms, activations, rotary positions, biases, the softmax; and neither the
-optimizer nor the loss.
+A product of [m, k] and [k, n] counts 2 m k n. Counted: linear layers of the backbone and of the head, adapters, the
+experts that a token goes to (k of X) and their router, and attention's two products (scores, and weights with values).
+Not counted, as in PaLM's count (Chowdhery et al. 2022, arXiv:2204.02311, appendix B): look-ups, norms, activations,
+rotary positions, biases, the softmax; and neither the optimizer nor the loss.
 
 Attention counts the pairs of tokens that see each other, so that a masked score is no work done: n² in a text of n
 tokens that sees all of itself, n (n + 1) / 2 where a token sees those up to itself, and with a reach of w tokens on
@@ -18,16 +18,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxembed.models.layers.routing import ExpertsShape
 from jaxembed.models.lora import Lora, is_adapter
 from jaxembed.models.modernbert import ModernBertConfig
+from jaxembed.models.nomic_bert import NomicBertConfig
 from jaxembed.models.options import per_layer
 from jaxembed.models.text_encoder import BACKBONE, ModelFactory, flatten
 from jaxembed.models.transformer import TransformerConfig
 
 if TYPE_CHECKING:  # models/ knows nothing of where models come from
-    from jaxembed.model_source import Blueprint
+    from jaxembed.blueprint import Blueprint
 
 _LAYERS = f"{BACKBONE}layers/"
+_STACKS = tuple(f"{BACKBONE}{stack}/" for stack in ("layers", "mlps", "experts"))
+_EXPERTS = tuple(f"{BACKBONE}experts/{name}/kernel" for name in ("up", "down", "gate"))
 _HEAD = ("expansion/kernel", "projection/kernel")
 
 
@@ -60,7 +64,10 @@ class StepFlops:
         """
         leaves = flatten(factory.abstract())
         kernels = {path: 2 * math.prod(x.shape) for path, x in leaves.items() if _is_kernel(path)}
-        layers = sum(n for path, n in kernels.items() if path.startswith(_LAYERS) and not is_adapter(path))
+        if shape := _experts(blueprint.backbone):
+            taken = 1 if shape.by_source else shape.top_k
+            kernels |= {path: kernels[path] // shape.count * taken for path in _EXPERTS if path in kernels}
+        layers = sum(n for path, n in kernels.items() if path.startswith(_STACKS) and not is_adapter(path))
         per_text = sum(kernels.get(path, 0) for path in _HEAD)
         # The latents' keys and values are made once, not for each token; its scores and values are for each.
         once = sum(kernels.get(f"latent_attention/{name}/kernel", 0) for name in ("key", "value"))
@@ -115,6 +122,14 @@ def pairs_seen(length: np.ndarray, causal: bool, reach: int) -> np.ndarray:
 
 def _is_kernel(path: str) -> bool:
     return path.endswith("/kernel") or is_adapter(path)
+
+
+def _experts(backbone: Any) -> ExpertsShape | None:
+    match backbone:
+        case TransformerConfig(experts=shape) | NomicBertConfig(experts=shape):
+            return shape
+        case _:
+            return None
 
 
 def _seen(backbone: Any) -> list[tuple[bool, int]]:

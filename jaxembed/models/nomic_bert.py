@@ -1,23 +1,31 @@
-"""Nomic's BERT: post-norm, rotary positions, a gated MLP, no biases but the norms'.
+"""Nomic's BERT: post-norm, its layers dense or sparse.
 
-Nussbaum et al. 2024, arXiv:2402.01613. The mixture of experts of the second version is not here.
+The first version has rotary positions, gated MLPs and no biases but the norms' (Nussbaum et al. 2024,
+arXiv:2402.01613). The second has plain MLPs with biases, and experts in their place in every second layer (Nussbaum &
+Duderstadt 2025, arXiv:2502.07972). With a table of positions in place of the rotary ones a BERT with experts is a
+member too.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxembed.data.batch import Rows
 from jaxembed.models.layers.attention import AttentionSpec
 from jaxembed.models.layers.dropout import Noise, dropout, layer_place
+from jaxembed.models.layers.experts import Experts
 from jaxembed.models.layers.linear import Embedding, LayerNorm
 from jaxembed.models.layers.mlp import Mlp
 from jaxembed.models.layers.rope import RopeConfig, Tables, rope_tables
+from jaxembed.models.layers.routing import ExpertsShape, Routed
 from jaxembed.models.layers.self_attention import SelfAttention
 from jaxembed.models.layers.stack import apply_layers, finished
 from jaxembed.models.options import ModelOptions, TokenStates, per_layer
+from jaxembed.models.transformer import DENSE, LAYERS, SPARSE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +35,18 @@ class NomicBertConfig:
     Attributes:
       vocab_size: tokens known; the table is padded to a multiple of 128 rows, whatever the mesh.
       width: D. layers: n. heads: H. mlp_width: F.
-      rope: rotary positions; its width is K, the width of a head.
-      max_length: longest text in tokens.
+      rope: rotary positions, whose width is K, the width of a head; None for a table of positions.
+      max_length: longest text in tokens; the rows of that table.
       type_vocab: rows of the token-type table (only type 0 is used).
       norm_eps: epsilon of the layer norms.
+      activation: of the MLPs, a key of `jaxembed.models.layers.mlp.ACTIVATIONS`.
+      gated: whether MLPs have gates.
+      attention_bias: whether attention's projections have biases.
+      mlp_biases: whether MLPs have biases into the hidden layer, and out of it.
       initializer_range: standard deviation of fresh weights.
       attention: its mode, one for all layers or one for each.
+      experts: those of sparse layers; None where there are no such layers.
+      sparse: whether layers are sparse, one value for all or one for each.
     """
 
     vocab_size: int
@@ -40,12 +54,18 @@ class NomicBertConfig:
     layers: int
     heads: int
     mlp_width: int
-    rope: RopeConfig
+    rope: RopeConfig | None
     max_length: int = 2048
     type_vocab: int = 2
     norm_eps: float = 1e-12
+    activation: str = "silu"
+    gated: bool = True
+    attention_bias: bool = False
+    mlp_biases: tuple[bool, bool] = (False, False)
     initializer_range: float = 0.02
     attention: tuple[str, ...] = ("bidirectional",)
+    experts: ExpertsShape | None = None
+    sparse: tuple[bool, ...] = (True,)
 
     @property
     def padded_vocab(self) -> int:
@@ -53,45 +73,73 @@ class NomicBertConfig:
         return -(-self.vocab_size // 128) * 128
 
 
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What is static about a layer.
+
+    Attributes:
+      spec: what its attention sees.
+      part: where its feed-forward part lies: LAYERS, or in a model with sparse layers DENSE or SPARSE.
+    """
+
+    spec: AttentionSpec
+    part: str
+
+
 class Embeddings(nnx.Module):
-    """Token + type vectors, normalised."""
+    """Token + type vectors, + position vectors where positions are not rotary, normalised."""
 
     def __init__(self, key: jax.Array, config: NomicBertConfig, dtype: jnp.dtype) -> None:
         c = config
-        keys = jax.random.split(key, 2)
+        keys = jax.random.split(key, 3)
         self.token = Embedding(keys[0], c.padded_vocab, c.width, c.initializer_range, dtype, "vocab")
         self.type = Embedding(keys[1], c.type_vocab, c.width, c.initializer_range, dtype)
+        if c.rope is None:
+            self.position = Embedding(keys[2], c.max_length, c.width, c.initializer_range, dtype)
         self.norm = LayerNorm(c.width, c.norm_eps, dtype)
+        self.rotary = c.rope is not None
 
     def __call__(self, rows: Rows, dtype: jnp.dtype) -> jax.Array:
-        return self.norm(self.token(rows.tokens, dtype) + self.type(jnp.zeros_like(rows.tokens), dtype))
+        x = self.token(rows.tokens, dtype) + self.type(jnp.zeros_like(rows.tokens), dtype)
+        return self.norm(x if self.rotary else x + self.position(rows.positions, dtype))
 
 
 class Layer(nnx.Module):
-    """One encoder block: each sub-layer is added to its input, then normalised."""
+    """One encoder block: each sub-layer is added to its input, then normalised.
+
+    In models with sparse layers the feed-forward part lies elsewhere.
+    """
 
     def __init__(self, key: jax.Array, config: NomicBertConfig, dtype: jnp.dtype) -> None:
-        c, stddev = config, config.initializer_range
+        c, stddevs = config, (config.initializer_range,) * 4
         keys = jax.random.split(key, 2)
-        self.attention = SelfAttention(keys[0], c.width, c.heads, c.rope.width, (stddev,) * 4, dtype, use_bias=False)
+        head_width = c.rope.width if c.rope else c.width // c.heads
+        self.attention = SelfAttention(keys[0], c.width, c.heads, head_width, stddevs, dtype, c.attention_bias)
         self.attention_norm = LayerNorm(c.width, c.norm_eps, dtype)
-        self.mlp = Mlp(keys[1], c.width, c.mlp_width, "silu", (stddev,) * 2, dtype, gated=True, biases=(False, False))
+        if c.experts is None:
+            self.mlp = _mlp(keys[1], c, dtype)
         self.mlp_norm = LayerNorm(c.width, c.norm_eps, dtype)
 
     def __call__(
         self,
         x: jax.Array,
         rows: Rows,
+        tables: Tables | None,
         spec: AttentionSpec,
-        tables: Tables,
-        rate: float,
+        options: ModelOptions,
         noise: Noise | None,
         index: jax.Array,
-    ) -> jax.Array:
-        place = layer_place(index)
+        part: Mlp | Experts | None = None,
+    ) -> tuple[jax.Array, Routed | None]:
+        """Returns its output, and what its router did; `part` is its feed-forward part, where that lies elsewhere."""
+        place, rate, routed = layer_place(index), options.dropout, None
         attended = self.attention(x, rows, spec, noise, place, tables=tables)
         x = self.attention_norm(x + dropout(attended, rate, noise, place + 1))
-        return self.mlp_norm(x + dropout(self.mlp(x, noise, place), rate, noise, place + 2))
+        if isinstance(part, Experts):
+            out, routed = part(x, rows, options.experts, noise, place)
+        else:
+            out = (part or self.mlp)(x, noise, place)
+        return self.mlp_norm(x + dropout(out, rate, noise, place + 2)), routed
 
 
 class NomicBert(nnx.Module):
@@ -101,6 +149,9 @@ class NomicBert(nnx.Module):
       key: PRNG key of fresh weights.
       config: the shape.
       options: how to compute.
+
+    Raises:
+      UserError: the mesh's `tensor` does not divide the heads or the MLP, or `expert` the experts.
     """
 
     def __init__(self, key: jax.Array, config: NomicBertConfig, options: ModelOptions) -> None:
@@ -108,6 +159,14 @@ class NomicBert(nnx.Module):
         keys = jax.random.split(key, 2)
         self.embeddings = Embeddings(keys[0], config, dtype)
         self.layers = jax.vmap(lambda k: Layer(k, config, dtype))(jax.random.split(keys[1], config.layers))
+        if config.experts is not None:
+            sparse = np.array(per_layer(config.sparse, config.layers))
+            of_part = jax.random.split(jax.random.fold_in(keys[1], 1), config.layers)
+            stddevs = (config.initializer_range,) * 2
+            make = jax.vmap(lambda k: Experts(k, config.width, config.experts, stddevs, dtype))
+            self.experts = make(of_part[sparse])
+            if not sparse.all():
+                self.mlps = jax.vmap(lambda k: _mlp(k, config, dtype))(of_part[~sparse])
         self.config = config
         self.options = options
 
@@ -126,18 +185,33 @@ class NomicBert(nnx.Module):
         options, config = self.options, self.config
         x = self.embeddings(rows, jnp.dtype(options.dtype))
         x = dropout(x, options.dropout, noise, jnp.uint32(0))
-        tables = rope_tables(config.rope, rows.positions, rows.segment_ids)
-        specs = [
-            AttentionSpec(mode, kernel=options.attention_kernel, dropout=options.attention_dropout)
-            for mode in per_layer(config.attention, config.layers)
-        ]
+        tables = rope_tables(config.rope, rows.positions, rows.segment_ids) if config.rope else None
 
-        def apply(x: jax.Array, layer: Layer, index: jax.Array, kind: AttentionSpec) -> jax.Array:
-            return layer(x, rows, kind, tables, options.dropout, noise, index)
+        def apply(x: jax.Array, layer: Layer, index: jax.Array, *part: Mlp | Experts, kind: Kind) -> Any:
+            out = layer(x, rows, tables, kind.spec, options, noise, index, *part)
+            return out if part else out[0]
 
-        states = apply_layers(self.layers, x, specs, apply, options, chosen)
+        kinds = _kinds(config, options)
+        parts = None
+        if config.experts is not None:
+            parts = {name: getattr(self, name) for name in {kind.part for kind in kinds}}
+        states = apply_layers(self.layers, x, kinds, apply, options, chosen, parts)
         return finished(states, chosen, config.layers, self.finish)
 
     def finish(self, hidden_RxLxD: jax.Array) -> jax.Array:
         """Returns a layer's states as they are where that layer is the last: this family has no closing norm."""
         return hidden_RxLxD
+
+
+def _kinds(config: NomicBertConfig, options: ModelOptions) -> list[Kind]:
+    """Returns the kind of each layer."""
+    kinds = []
+    said = config.attention, config.sparse if config.experts else (False,)
+    for mode, sparse in zip(*(per_layer(values, config.layers) for values in said)):
+        spec = AttentionSpec(mode, kernel=options.attention_kernel, dropout=options.attention_dropout)
+        kinds.append(Kind(spec, LAYERS if config.experts is None else SPARSE if sparse else DENSE))
+    return kinds
+
+
+def _mlp(key: jax.Array, c: NomicBertConfig, dtype: jnp.dtype) -> Mlp:
+    return Mlp(key, c.width, c.mlp_width, c.activation, (c.initializer_range,) * 2, dtype, c.gated, c.mlp_biases)

@@ -80,3 +80,8 @@ def pool(hidden_RxLxD: jax.Array, rows: Rows, slots: int, mode: str, pool_prompt
     weights = token_weights(rows, mode, pool_prompt)
     sum_spans = jax.shard_map(local, in_specs=(STATES, ROWS, ROWS), out_specs=P(BATCH, None, None))
     return sum_spans(hidden_RxLxD, weights, rows.span_ids)
+
+
+def l2_normalize(x: jax.Array) -> jax.Array:
+    """Scales the last axis to length 1, in float32; a zero vector stays zero, with a finite gradient."""
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))

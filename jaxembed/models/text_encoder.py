@@ -16,8 +16,9 @@ from jaxembed.models.layers.dropout import Noise
 from jaxembed.models.layers.linear import Linear
 from jaxembed.models.layers.routing import RouterSums
 from jaxembed.models.lora import Lora, attach, is_adapter
+from jaxembed.models.moee import combine, routing_width
 from jaxembed.models.options import ModelOptions, TokenStates
-from jaxembed.models.pooling import LayerMean, pool
+from jaxembed.models.pooling import LayerMean, l2_normalize, pool
 from jaxembed.sharding import BATCH
 
 Params = dict[str, Any]  # a nested dict of arrays, the model's or the whole run's
@@ -40,6 +41,10 @@ class HeadConfig:
       projection: width E of a linear layer after pooling, 0 for none.
       projection_bias: whether it has a bias.
       normalize: vectors of length 1.
+      moee: routing weights in the vectors, see `jaxembed.models.moee`: 'alone', 'concat' with the states' vector, or
+        'sum', so that a dot product is the weighted sum of both similarities: `normalize` does not change such vectors.
+        '' for none.
+      moee_weight: of the routing weights' similarity in 'sum'.
     """
 
     pooling: str = "mean"
@@ -52,6 +57,20 @@ class HeadConfig:
     projection: int = 0
     projection_bias: bool = False
     normalize: bool = True
+    moee: str = ""
+    moee_weight: float = 1.0
+
+    @property
+    def unit(self) -> bool:
+        """Whether vectors are brought to length 1 as a whole."""
+        return self.normalize and self.moee != "sum"
+
+    def width(self, backbone: Any) -> int:
+        """Returns E, the dimensions of a vector, on a backbone with this frozen config."""
+        states = self.projection or backbone.width
+        if not self.moee:
+            return states
+        return routing_width(backbone) + (0 if self.moee == "alone" else states)
 
 
 class TextEncoder(nnx.Module):
@@ -78,6 +97,9 @@ class TextEncoder(nnx.Module):
     ) -> None:
         backbone_key, head_key = jax.random.split(key)
         of_backbone = dataclasses.replace(options, param_dtype=options.dtype) if lora else options
+        if head.moee:
+            keeping = dataclasses.replace(options.experts, keep=True)
+            of_backbone = dataclasses.replace(of_backbone, experts=keeping)
         self.backbone = make_backbone(backbone_key, config, of_backbone)
         if lora:
             attach(self.backbone, lora, jax.random.fold_in(key, 2))
@@ -120,7 +142,7 @@ class TextEncoder(nnx.Module):
           rows: arrays [R, L].
           slots: vectors per bin.
           noise: dropout masks; None switches dropout off.
-          layers: depths, counted from 1; none where the head mixes layers.
+          layers: depths, counted from 1; none where the head mixes layers, or takes routing weights.
 
         Returns:
           float32 [1 + len(layers), S, slots, E]: the whole model's vectors, then each depth's; and what the routers
@@ -129,17 +151,17 @@ class TextEncoder(nnx.Module):
         depth = self.backbone.config.layers
         if self.head.pool_layers >= 0:
             states = self.backbone(rows, noise, tuple(range(self.head.pool_layers, depth + 1)))
-            return self._vectors(self.layer_mean(states.chosen), rows, slots)[None], _sums(states)
+            return self._vectors(self.layer_mean(states.chosen), rows, slots, states)[None], _sums(states)
         states = self.backbone(rows, noise, layers)
         chosen = [
             hidden if i == depth else self.backbone.finish(hidden)
             for i, hidden in zip(layers, states.chosen if layers else ())
         ]
-        vectors = jnp.stack([self._vectors(hidden, rows, slots) for hidden in (states.last, *chosen)])
+        vectors = jnp.stack([self._vectors(hidden, rows, slots, states) for hidden in (states.last, *chosen)])
         return vectors, _sums(states)
 
-    def _vectors(self, hidden_RxLxD: jax.Array, rows: Rows, slots: int) -> jax.Array:
-        """Applies the head to token states: float32 [S, slots, E]."""
+    def _vectors(self, hidden_RxLxD: jax.Array, rows: Rows, slots: int, states: TokenStates) -> jax.Array:
+        """Applies the head to token states: float32 [S, slots, E]; `states` has the routing weights."""
         mode = self.head.pooling
         if mode == "latent":
             hidden_RxLxD, mode = self.latent_attention(hidden_RxLxD), "mean"
@@ -148,16 +170,13 @@ class TextEncoder(nnx.Module):
             vectors = self.expansion(vectors, P(BATCH, None, None))
         if self.head.projection:
             vectors = self.projection(vectors, P(BATCH, None, None))
-        return l2_normalize(vectors) if self.head.normalize else vectors
+        if self.head.moee:
+            vectors = combine(vectors, states.routed.probabilities, rows, self.head)
+        return l2_normalize(vectors) if self.head.unit else vectors
 
 
 def _sums(states: TokenStates) -> RouterSums | None:
     return None if states.routed is None else states.routed.sums
-
-
-def l2_normalize(x: jax.Array) -> jax.Array:
-    """Scales the last axis to length 1, in float32; a zero vector stays zero, with a finite gradient."""
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +193,7 @@ class ModelFactory:
     def width(self) -> int:
         """E, the dimensions of a vector; needs a mesh set."""
         model = jax.eval_shape(self.make)
-        return model.head.projection or model.backbone.config.width
+        return model.head.width(model.backbone.config)
 
     @property
     def depth(self) -> int:

@@ -1,9 +1,11 @@
-"""Decoder-shaped transformers: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3_text, phi3.
+"""Decoder-shaped transformers: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3_text, phi3, and the sparse mixtral,
+qwen2_moe, qwen3_moe, olmoe.
 
 One block, normalised before each sub-layer, with rotary positions, grouped queries and a gated MLP (Llama, Touvron et
 al. 2023, arXiv:2302.13971). What differs between the families is in the config: biases (Qwen 2, arXiv:2407.10671),
 norms of queries and keys (Qwen 3, arXiv:2505.09388), windows (Mistral, arXiv:2310.06825), norms behind the sub-layers
-and soft-capped scores (Gemma 2, arXiv:2408.00118), other rotary positions in local layers (Gemma 3, arXiv:2503.19786).
+and soft-capped scores (Gemma 2, arXiv:2408.00118), other rotary positions in local layers (Gemma 3, arXiv:2503.19786),
+experts in place of MLPs (Mixtral, arXiv:2401.04088), all heads' queries normed together (OLMoE, arXiv:2409.02060).
 What attention may see is the config's too: such a model becomes an encoder by its mode (LLM2Vec, arXiv:2404.05961), or
 in its last layers only (BeLLM, Li & Li 2024, arXiv:2311.05296).
 """
@@ -22,7 +24,7 @@ from jaxembed.data.batch import Rows
 from jaxembed.models.layers.attention import HEADS, AttentionSpec, attention
 from jaxembed.models.layers.dropout import Noise, dropout, layer_place
 from jaxembed.models.layers.experts import Experts
-from jaxembed.models.layers.linear import Embedding, Linear, RMSNorm
+from jaxembed.models.layers.linear import Dims, Embedding, Linear, RMSNorm
 from jaxembed.models.layers.mlp import Mlp
 from jaxembed.models.layers.rope import RopeConfig, Tables, rope_tables, rotate
 from jaxembed.models.layers.routing import ExpertsShape, Routed
@@ -60,7 +62,8 @@ class TransformerConfig:
       norm_offset: what is added to the norms' scales: 1 for the Gemma family.
       activation: of the gate, a key of `jaxembed.models.layers.mlp.ACTIVATIONS`.
       qkv_bias: whether queries, keys and values have biases. out_bias: the output of attention. mlp_bias: the MLP.
-      qk_norm: whether each head's queries and keys are normalised.
+      qk_norm: whether each head's queries and keys are normalised. qk_norm_joint: those of all heads together.
+      clip_qkv: bound of queries, keys and values; 0 = none.
       sandwich: whether the sub-layers' outputs are normalised too.
       embedding_scale: token vectors are multiplied by it.
       score_scale: of attention's scores; 0 = 1 / sqrt(K).
@@ -90,6 +93,8 @@ class TransformerConfig:
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    qk_norm_joint: bool = False
+    clip_qkv: float = 0.0
     sandwich: bool = False
     embedding_scale: float = 1.0
     score_scale: float = 0.0
@@ -138,9 +143,10 @@ class Attention(nnx.Module):
         self.key = Linear(keys[1], width, kv_heads, c.initializer_range, dtype, c.qkv_bias)
         self.value = Linear(keys[2], width, kv_heads, c.initializer_range, dtype, c.qkv_bias)
         self.out = Linear(keys[3], heads, width, c.initializer_range, dtype, c.out_bias)
-        self.qk_norm = c.qk_norm
+        self.qk_norm, self.clip_qkv = c.qk_norm, c.clip_qkv
         if c.qk_norm:
-            self.query_norm, self.key_norm = (_norm(c, c.head_width, dtype) for _ in range(2))
+            joint = (heads[:1], kv_heads[:1]) if c.qk_norm_joint else ((), ())
+            self.query_norm, self.key_norm = (_norm(c, c.head_width, dtype, dims) for dims in joint)
         self.kv_spec = sharding.spec("batch", "sequence", kv_heads[0][0], None)
 
     def __call__(
@@ -151,6 +157,8 @@ class Attention(nnx.Module):
         v = self.value(x, self.kv_spec, noise, place + 5)
         if self.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
+        if self.clip_qkv:
+            q, k, v = (jnp.clip(y, -self.clip_qkv, self.clip_qkv) for y in (q, k, v))
         q, k = rotate(q, tables), rotate(k, tables)
         out = attention(q, k, v, rows.segment_ids, spec, noise, place, prefix_RxL=rows.prompt_mask)
         return self.out(out, sharding.STATES, noise, place + 6)
@@ -287,5 +295,5 @@ def _mlp(key: jax.Array, c: TransformerConfig, dtype: jnp.dtype) -> Mlp:
     return Mlp(key, c.width, c.mlp_width, c.activation, stddevs, dtype, gated=True, biases=biases)
 
 
-def _norm(config: TransformerConfig, width: int, dtype: jnp.dtype) -> RMSNorm:
-    return RMSNorm(width, config.norm_eps, dtype, config.norm_offset)
+def _norm(config: TransformerConfig, width: int, dtype: jnp.dtype, joint: Dims = ()) -> RMSNorm:
+    return RMSNorm(width, config.norm_eps, dtype, config.norm_offset, joint)

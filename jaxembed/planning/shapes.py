@@ -10,15 +10,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxembed import checkpoint, model_source
+from jaxembed.blueprint import Blueprint
 from jaxembed.config import AUTO, Config
 from jaxembed.config_check import TRAINED
 from jaxembed.data.tokenizer import Tokenizer
 from jaxembed.errors import UserError
 from jaxembed.hf.architectures import architecture, architecture_of
 from jaxembed.hf.hub import REPOSITORY
-from jaxembed.model_source import Blueprint
+from jaxembed.models.moee import with_moee
 from jaxembed.models.text_encoder import HeadConfig
 from jaxembed.storage import AnyPath, path_of
+from jaxembed.upcycling import sparse_blueprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +82,71 @@ SHAPES: dict[str, Shape] = {
             "max_position_embeddings": 32_768,
             "sliding_window": 4096,
             "rope_theta": 10_000.0,
+        },
+    ),
+    "Qwen/Qwen3-30B-A3B": Shape(
+        "qwen3_moe",
+        {
+            "vocab_size": 151_936,
+            "hidden_size": 2048,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "intermediate_size": 6144,
+            "moe_intermediate_size": 768,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": True,
+            "max_position_embeddings": 40_960,
+            "rope_theta": 1_000_000.0,
+        },
+    ),
+    "mistralai/Mixtral-8x7B-v0.1": Shape(
+        "mixtral",
+        {
+            "vocab_size": 32_000,
+            "hidden_size": 4096,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "intermediate_size": 14_336,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "max_position_embeddings": 32_768,
+            "rope_theta": 1_000_000.0,
+        },
+    ),
+    "allenai/OLMoE-1B-7B-0924": Shape(
+        "olmoe",
+        {
+            "vocab_size": 50_304,
+            "hidden_size": 2048,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "intermediate_size": 1024,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "max_position_embeddings": 4096,
+            "rope_theta": 10_000.0,
+        },
+    ),
+    "Qwen/Qwen1.5-MoE-A2.7B": Shape(
+        "qwen2_moe",
+        {
+            "vocab_size": 151_936,
+            "hidden_size": 2048,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "intermediate_size": 5632,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+            "max_position_embeddings": 8192,
+            "rope_theta": 1_000_000.0,
         },
     ),
     "google/embeddinggemma-300m": Shape(
@@ -186,7 +253,10 @@ def adapted(blueprint: Blueprint, config: Config) -> Blueprint:
     said = config.data.max_length
     usual = min(blueprint.max_length, dataclasses.replace(blueprint, hf_config=hf_config).longest)
     longest = max(said.query or usual, said.document or usual)
-    return dataclasses.replace(blueprint, hf_config=hf_config, head=head, max_length=longest)
+    blueprint = dataclasses.replace(blueprint, hf_config=hf_config, head=head, max_length=longest)
+    blueprint = sparse_blueprint(blueprint, m.experts) if m.experts.upcycle else blueprint
+    head = with_moee(blueprint.head, blueprint.backbone, m.moee, m.moee_weight, "config.model.")
+    return dataclasses.replace(blueprint, head=head)
 
 
 def _blueprint(hf_config: dict[str, Any], max_length: int) -> Blueprint:

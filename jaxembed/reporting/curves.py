@@ -1,7 +1,9 @@
 """The curves of a run as one picture."""
 
+import contextlib
 import io
 import itertools
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -65,13 +67,25 @@ def draw(history: History, title: str) -> bytes:
     Raises:
       UserError: matplotlib is missing or fails.
     """
-    try:
+    with drawing("curves"):
         return _draw(history, title)
-    except Exception as error:  # whatever a drawing library may raise is not worth a training run
-        raise UserError(f"the curves cannot be drawn: {error!r}") from error
+
+
+@contextlib.contextmanager
+def drawing(what: str) -> Iterator[None]:
+    """Makes one line of whatever a drawing library may raise: it is not worth a training run."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"the {what} cannot be drawn: {error!r}") from error
 
 
 def _draw(history: History, title: str) -> bytes:
+    return render(title, lambda figure: _panels(figure, history))
+
+
+def render(title: str, fill: Callable[["Figure"], None]) -> bytes:
+    """Returns a figure in our style as a PNG of 1600 × 1000 pixels; `fill` draws below the title."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -79,7 +93,7 @@ def _draw(history: History, title: str) -> bytes:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=INCHES, dpi=DPI, layout="constrained")
         figure.suptitle(title, x=0.008, ha="left", fontsize=14, fontweight="bold")
-        _panels(figure, history)
+        fill(figure)
         picture = io.BytesIO()
         FigureCanvasAgg(figure).print_png(picture, metadata={"Software": None})
     return picture.getvalue()
@@ -91,20 +105,20 @@ def _panels(figure: "Figure", history: History) -> None:
     grid = bottom.add_gridspec(2, 4)
     gradient, rate, waste = (bottom.add_subplot(grid[:, column]) for column in (0, 1, 3))
     tokens, pairs = (bottom.add_subplot(grid[row, 2]) for row in (0, 1))
-    _curve(wide[0], history, "loss", "Loss")
+    curve(wide[0], history, "loss", "Loss")
     _parts(wide[0], history)
     if history.tasks:
         _evaluation(wide[1], history)
-    _curve(gradient, history, "grad_norm", "Gradient norm")
-    _curve(rate, history, "learning_rate", "Learning rate", smooth=False, floor=0.0)
+    curve(gradient, history, "grad_norm", "Gradient norm")
+    curve(rate, history, "learning_rate", "Learning rate", smooth=False, floor=0.0)
     rate.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     for panel, unit in ((tokens, "tokens"), (pairs, "pairs")):
-        _curve(panel, history, f"{unit}_per_s", f"Throughput ({unit}/s)", floor=0.0)
+        curve(panel, history, f"{unit}_per_s", f"Throughput ({unit}/s)", floor=0.0)
         panel.yaxis.set_major_formatter(_thousands())
-    _curve(waste, history, "padding_waste", "Padding waste (% of tokens)", scale=100.0, floor=0.0)
+    curve(waste, history, "padding_waste", "Padding waste (% of tokens)", scale=100.0, floor=0.0)
     panels = (*wide, gradient, rate, tokens, pairs, waste)
     for panel in panels:
-        _steps(panel, history)
+        step_axis(panel, history)
     tokens.set_xlabel("")
     tokens.tick_params(labelbottom=False)
     for i, (name, step) in enumerate(history.stages):
@@ -123,7 +137,7 @@ def _panels(figure: "Figure", history: History) -> None:
             )
 
 
-def _curve(
+def curve(
     axes: "Axes",
     history: History,
     name: str,
@@ -137,7 +151,7 @@ def _curve(
     if name not in history.series:
         return _say(axes, "not logged")
     steps, values = history.series[name]
-    _line(axes, Series(steps, values * scale), COLOURS[0], smooth)
+    line(axes, Series(steps, values * scale), COLOURS[0], smooth)
     _limit(axes, values * scale, floor)
 
 
@@ -152,7 +166,7 @@ def _parts(axes: "Axes", history: History) -> None:
         _limit(axes, np.concatenate([history.series[name].values for name in ("loss", *parts)]), None)
 
 
-def _line(axes: "Axes", series: Series, colour: str, smooth: bool, label: str = "") -> None:
+def line(axes: "Axes", series: Series, colour: str, smooth: bool, label: str = "") -> None:
     if len(series.steps) == 1:
         axes.plot(*series, color=colour, marker="o", linestyle="none", label=label)
     elif smooth and len(series.steps) >= WINDOWS:
@@ -200,7 +214,7 @@ def _label(scores: Scores) -> str:
     return f"{name}\n{scores.metric} {went}{beside}"
 
 
-def _steps(axes: "Axes", history: History) -> None:
+def step_axis(axes: "Axes", history: History) -> None:
     """Makes the x axis: the same for all panels."""
     from matplotlib.ticker import MaxNLocator
 

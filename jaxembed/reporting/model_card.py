@@ -192,8 +192,13 @@ def _usage(embedder: "Embedder") -> str:
         *([] if long else [("transformers", transformers_code(embedder))]),
         ("JAX", jax_code()),
     ]
-    trust = "The latent attention is code of this folder, which only runs with `trust_remote_code=True`.\n\n"
-    said = trust if head.pooling == "latent" else ""
+    only = "which only runs with `trust_remote_code=True`"
+    said = f"The latent attention is code of this folder, {only}.\n\n" if head.pooling == "latent" else ""
+    if code := embedder.blueprint.architecture.code:
+        said += (
+            f"The model's class is code of this folder (`{code.name}`), {only}. llama.cpp and vLLM read this layout by "
+            "themselves, but not the fields of config.json that only jaxembed writes.\n\n"
+        )
     return f"## Usage\n\n{said}" + "\n".join(f"With {name}:\n\n```python\n{text}```\n" for name, text in pieces)
 
 

@@ -2,7 +2,7 @@
 
 import json
 
-from jaxembed.reporting import curves
+from jaxembed.reporting import curves, routers
 from jaxembed.reporting.history import History
 from jaxembed.reporting.markdown import (
     changed_fields,
@@ -33,6 +33,7 @@ def report(record: RunRecord) -> str:
         "## Evaluation\n",
         scores_table(main) if main else "None during this training.\n",
         f"<details><summary>All metrics</summary>\n\n{scores_table(others)}\n</details>\n" if others else "",
+        _experts(history),
         "## Speed\n",
         _speed_table(history),
         _time(history),
@@ -58,6 +59,20 @@ def _in_words(record: RunRecord) -> str:
     loss = history.series["loss"].values
     took = duration(history.seconds())
     return f"{said}: {history.last_step:,} steps in {took} of training, loss {loss[0]:.4g} → {loss[-1]:.4g}.\n"
+
+
+def _experts(history: History) -> str:
+    """Shows what routers did at the end, where there are any."""
+    figures = routers.figures(history)
+    if not figures:
+        return ""
+    shown = table(list(figures), [list(figures.values())], left=0)
+    note = (
+        f"Means over the last {routers.END:.0%} of the steps. Balance: 1 where all experts are alike. Entropy: of the "
+        "routers' probabilities, by the highest there can be. Busiest, idlest: the expert that the most or the fewest "
+        "tokens of a step took, in any layer, by the mean of that layer. Dropped: tokens that no expert took.\n"
+    )
+    return f"## Experts\n\n{shown}\n{note}\n![What the routers did]({routers.NAME})\n"
 
 
 def _speed_table(history: History) -> str:

@@ -13,8 +13,9 @@ DOCUMENTS = '["Bees turn the nectar of flowers into honey.", "A violin has four 
 
 
 def sentence_transformers_code(model: Embedder) -> str:
-    """Returns how sentence-transformers loads it; latent attention is a module that comes with the folder."""
-    trust = ", trust_remote_code=True" if model.blueprint.head.pooling == "latent" else ""
+    """Returns how sentence-transformers loads it; latent attention, and some models, are code in the folder."""
+    of_ours = model.blueprint.head.pooling == "latent" or model.blueprint.architecture.code
+    trust = ", trust_remote_code=True" if of_ours else ""
     return f"""from sentence_transformers import SentenceTransformer
 
 model = SentenceTransformer("."{trust})  # this folder, or its name on the hub
@@ -43,7 +44,8 @@ def transformers_code(model: Embedder) -> str:
     if head.projection:
         imports.append("from safetensors.torch import load_file")
     imports.append("from transformers import AutoModel, AutoTokenizer")
-    load = ['tokenizer = AutoTokenizer.from_pretrained(".")', 'model = AutoModel.from_pretrained(".").eval()']
+    trust = ", trust_remote_code=True" if blueprint.architecture.code else ""
+    load = ['tokenizer = AutoTokenizer.from_pretrained(".")', f'model = AutoModel.from_pretrained("."{trust}).eval()']
     if head.projection:
         load.append('dense = load_file("2_Dense/model.safetensors")')
     body = [

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from jaxembed.reporting.history import History
 from jaxembed.reporting.markdown import duration, score
 from jaxembed.reporting.record import RunRecord
+from jaxembed.reporting.routers import in_words as experts_in_words
 from jaxembed.reporting.time_spent import goodput_in_words, memory_in_words, time_in_words
 from jaxembed.storage import AnyPath
 
@@ -66,6 +67,7 @@ def _facts(history: History) -> list[tuple[str, str]]:
         ("loss", f"{loss[0]:.4f} → {loss[-1]:.4f}"),
         ("steps", f"{history.last_step:,} in {duration(history.seconds())}"),
         ("speed", f"{pairs:,.0f} pairs/s, {tokens:,.0f} tokens/s, {waste:.1%} padding{of_peak}"),
+        ("experts", experts_in_words(history)),
         ("time", time_in_words(history)),
         ("goodput", goodput_in_words(history)),
         ("memory", memory_in_words(history)),

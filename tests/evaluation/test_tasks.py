@@ -125,6 +125,7 @@ def test_command_prints_tables_and_a_json_line_last(tmp_path, minilm_dir):
         (["--model=x", "--pairs=none.jsonl"], "--pairs: no such file or folder: none.jsonl"),
         (["--model=x", "--classification=none.jsonl:also"], "--classification: no such file or folder: none.jsonl"),
         (["--model=x", "--mteb=none.py:Task"], "none.py"),
+        (["--model=x", "--sts=x.jsonl", "--moee_weight=0.5"], "--moee_weight weighs the similarities"),
     ],
 )
 def test_mistakes_are_one_line_and_code_2(flags, said):

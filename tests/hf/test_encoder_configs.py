@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from jaxembed.errors import UserError
-from jaxembed.hf import mpnet, nomic_bert
+from jaxembed.hf import mpnet, nomic_bert, nomic_moe
 from jaxembed.hf.architectures import ARCHITECTURES, architecture_of
 from jaxembed.hf.safetensors_io import open_tensors, write_tensors
 from jaxembed.hf.table import export_tensors, import_leaves, leaves_of
 from jaxembed.models.layers.rope import Dynamic, RopeConfig
+from jaxembed.models.layers.routing import ExpertsShape
+from jaxembed.models.nomic_bert import NomicBertConfig
 from jaxembed.models.options import ModelOptions
 from jaxembed.models.text_encoder import ModelFactory, flatten
 
@@ -26,9 +28,10 @@ SHAPES = {
     "t5": T5_SIZES | {"feed_forward_proj": "relu"},
     "mt5": T5_SIZES,
     "nomic_bert": SIZES,
+    "nomic_moe": SIZES,
     "modernbert": SIZES,
 }
-NATIVE = [name for name in SHAPES if name != "jina_bert"]
+NATIVE = [name for name in SHAPES if name not in ("jina_bert", "nomic_moe")]
 # nomic-ai/nomic-embed-text-v1.5's words, with other numbers.
 HUB_NOMIC = {
     "model_type": "nomic_bert",
@@ -57,6 +60,24 @@ HUB_NOMIC = {
     "type_vocab_size": 2,
     "use_rms_norm": False,
     "vocab_size": 90,
+}
+# nomic-ai/nomic-embed-text-v2-moe's words, with other numbers.
+HUB_NOMIC_MOE = HUB_NOMIC | {
+    "activation_function": "gelu",
+    "auto_map": {"AutoModel": "nomic-ai/nomic-bert-2048--modeling_hf_nomic_bert.NomicBertModel"},
+    "expert_choice_router": False,
+    "ffn_div": 1,
+    "mlp_fc1_bias": True,
+    "mlp_fc2_bias": True,
+    "moe_every_n_layers": 2,
+    "moe_normalize_expert_weights": False,
+    "moe_top_k": 2,
+    "n_positions": 2048,
+    "num_experts": 8,
+    "num_shared_experts": 0,
+    "pad_token_id": 1,
+    "qkv_proj_bias": True,
+    "type_vocab_size": 1,
 }
 
 
@@ -165,8 +186,14 @@ def test_nomic_is_read_in_the_hubs_words_and_written_in_both():
         "max_length": 8192,
         "type_vocab": 2,
         "norm_eps": 1e-11,
+        "activation": "silu",
+        "gated": True,
+        "attention_bias": False,
+        "mlp_biases": (False, False),
         "initializer_range": 0.02,
         "attention": ("bidirectional",),
+        "experts": None,
+        "sparse": (True,),
     }
     both = nomic_bert.spelled(HUB_NOMIC)
     assert HUB_NOMIC.items() <= both.items()
@@ -192,6 +219,50 @@ def test_nomic_for_longer_texts():
     # What nomic-ai's words cannot say is not said in them.
     yarn = nomic_bert.ROPE.with_scaling(plain, {"rope_type": "yarn", "factor": 2.0}, "config.model.rope_scaling")
     assert not {"n_embd", "n_layer"} & nomic_bert.spelled(yarn).keys()
+
+
+def test_sparse_nomic_is_read_and_written_in_the_hubs_words():
+    assert architecture_of(HUB_NOMIC_MOE).model_type == "nomic_moe"
+    assert architecture_of(HUB_NOMIC).model_type == "nomic_bert"
+    config = nomic_moe.config_from_hf(HUB_NOMIC_MOE)
+    assert config == NomicBertConfig(
+        vocab_size=90,
+        width=24,
+        layers=3,
+        heads=2,
+        mlp_width=40,
+        rope=RopeConfig(12, 500.0),
+        max_length=2048,
+        type_vocab=1,
+        norm_eps=1e-11,
+        activation="gelu",
+        gated=False,
+        attention_bias=True,
+        mlp_biases=(True, True),
+        experts=ExpertsShape(8, 2, 40, normalize=False, activation="gelu", gated=False, out_bias=True),
+        sparse=(False, True, False),
+    )
+    said = nomic_moe.spelled(HUB_NOMIC_MOE)
+    assert (HUB_NOMIC_MOE | {"auto_map": nomic_moe.AUTO_MAP}).items() <= said.items()
+    assert nomic_moe.spelled(said) == said and nomic_moe.config_from_hf(said) == config
+    assert not said.keys() & {"hidden_size", "rope_parameters", *nomic_moe.OURS}
+    both = nomic_bert.spelled(HUB_NOMIC) | {"num_experts": 8, "moe_top_k": 2, "moe_every_n_layers": 2}
+    assert nomic_moe.config_from_hf(both) == nomic_moe.config_from_hf(nomic_moe.spelled(both))
+    assert nomic_moe.config_from_hf(both).mlp_biases == (False, False)
+
+
+@pytest.mark.parametrize(
+    ("moe_layers", "sparse", "said"),
+    [
+        ((1,), (0, 1, 0), {"moe_every_n_layers": 2}),
+        ([1, 2], (0, 1, 1), {"moe_every_n_layers": 0, "moe_layers": [1, 2]}),
+        ([0, 9], (1, 0, 0), {"moe_every_n_layers": 0, "moe_layers": [0]}),  # 9: of layers that were cut off
+    ],
+)
+def test_which_layers_of_a_sparse_nomic_have_experts(moe_layers, sparse, said):
+    fields = fresh("nomic_moe", moe_layers=moe_layers)
+    assert nomic_moe.config_from_hf(fields).sparse == sparse
+    assert {field: fields[field] for field in fields if field in ("moe_layers", "moe_every_n_layers")} == said
 
 
 def test_modernbert_is_read_in_the_words_of_both_transformers():
@@ -237,6 +308,23 @@ def test_the_first_layers_alone(name):
         ("nomic_bert", "activation_function", "gelu"),
         ("nomic_bert", "partial_rotary_factor", 0.5),
         ("nomic_bert", "num_attention_heads", 5),
+        ("nomic_moe", "moe_top_k", 9),
+        ("nomic_moe", "num_experts", "8"),
+        ("nomic_moe", "moe_every_n_layers", 1),
+        ("nomic_moe", "moe_every_n_layers", "2"),
+        ("nomic_moe", "moe_layers", [7]),
+        ("nomic_moe", "moe_layers", 1),
+        ("nomic_moe", "moe_normalize_expert_weights", 2),
+        ("nomic_moe", "expert_choice_router", True),
+        ("nomic_moe", "num_shared_experts", 1),
+        ("nomic_moe", "prenorm", True),
+        ("nomic_moe", "causal", True),
+        ("nomic_moe", "rotary_emb_fraction", 0.5),
+        ("nomic_moe", "rotary_scaling_factor", 2.0),
+        ("nomic_moe", "rope_scaling", {"rope_type": "linear", "factor": 2.0}),
+        ("nomic_moe", "activation_function", "glu"),
+        ("nomic_moe", "n_head", 5),
+        ("nomic_moe", "n_head", 8),
         ("mpnet", "pad_token_id", 0),
         ("mpnet", "relative_attention_num_buckets", 16),
         ("jina_bert", "feed_forward_type", "original"),

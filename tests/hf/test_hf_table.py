@@ -1,5 +1,7 @@
 """The table of names: views, slices, shards, complaints, and the way there and back."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +10,20 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxembed.errors import UserError
+from jaxembed.hf import loading
 from jaxembed.hf.architectures import ARCHITECTURES
 from jaxembed.hf.loading import load_onto
-from jaxembed.hf.table import Flat, LazyLeaf, Linear, PadRows, Row, Same, export_tensors, import_leaves
+from jaxembed.hf.table import (
+    Flat,
+    LazyLeaf,
+    Linear,
+    PadRows,
+    Row,
+    Same,
+    export_tensors,
+    first_layers,
+    import_leaves,
+)
 from jaxembed.models.bert import BertConfig
 
 CONFIG = BertConfig(vocab_size=100, width=16, layers=3, heads=2, mlp_width=24, positions=20)
@@ -108,7 +121,7 @@ def test_slices_of_the_padded_vocabulary(rows):
 
 
 def test_a_stack_of_scalars():
-    leaf = LazyLeaf((3,), np.dtype(np.float32), tuple(np.float32(i).reshape(()) for i in range(3)), stacked=True)
+    leaf = LazyLeaf((3,), np.dtype(np.float32), tuple(np.float32(i).reshape(()) for i in range(3)), stacked=1)
     np.testing.assert_array_equal(leaf[(slice(1, 3),)], [1, 2])
 
 
@@ -217,7 +230,7 @@ def test_transforms_are_views_both_ways(transform, ours, theirs):
     tensor = np.arange(np.prod(theirs)).reshape(theirs)
     view = transform.to_ours(tensor, ours)
     assert np.shares_memory(view, tensor)
-    leaf = LazyLeaf(ours, tensor.dtype, (view,), stacked=False)[()]
+    leaf = LazyLeaf(ours, tensor.dtype, (view,), stacked=0)[()]
     assert leaf.shape == ours
     back = transform.to_hf(leaf)
     assert np.shares_memory(back, leaf)
@@ -227,3 +240,87 @@ def test_transforms_are_views_both_ways(transform, ours, theirs):
 def test_rows_name_every_leaf_of_the_model_once():
     assert sorted(row.ours for row in ROWS) == sorted(SHAPES)
     assert Row("a.{i}.b", "a/b").names(2) == ["a.0.b", "a.1.b"]
+
+
+X = 6
+# Of four layers two are sparse; a router for each, and a tensor per layer and expert.
+SPARSE = (
+    Row("{i}.up", "layers/up", Linear()),
+    Row("{i}.experts.{x}.up", "experts/up", Linear(), at=(1, 3), experts=X),
+    Row("{i}.router", "experts/router", Linear(), at=(1, 3)),
+    Row("{i}.dense", "mlps/up", Linear(), at=(0, 2)),
+    Row("norm", "norm"),
+)
+SPARSE_SHAPES = {"layers/up": (4, D, F), "experts/up": (2, X, D, F), "experts/router": (2, D, X), "mlps/up": (2, D, F)}
+SPARSE_SHAPES["norm"] = (D,)
+
+
+def sparse_tensors():
+    """Each is one number everywhere: 100 · layer + expert, by its name."""
+    numbers = {f"{i}.experts.{x}.up": 100 * i + x for i in (1, 3) for x in range(X)} | {"norm": 7}
+    numbers |= {f"{i}.{name}": i for name, at in (("up", range(4)), ("router", (1, 3)), ("dense", (0, 2))) for i in at}
+    shapes = {"norm": (D,), "router": (X, D)}
+    return {name: np.full(shapes.get(name.split(".")[-1], (F, D)), n, np.float32) for name, n in numbers.items()}
+
+
+def test_a_tensor_per_layer_and_expert():
+    tensors = sparse_tensors()
+    leaves = import_leaves(SPARSE, tensors, SPARSE_SHAPES, 4, where="folder")
+    assert SPARSE[1].names(4)[:2] == ["1.experts.0.up", "1.experts.1.up"] and len(SPARSE[1].names(4)) == 2 * X
+    leaf = leaves["experts/up"]
+    assert all(any(np.shares_memory(part, tensor) for tensor in tensors.values()) for part in leaf.parts)
+    want = np.broadcast_to(np.array([[100 * i + x for x in range(X)] for i in (1, 3)])[..., None, None], leaf.shape)
+    for index in ((), (slice(1, 2), slice(2, 5), slice(4, 9)), (slice(None), slice(3, 6), slice(None), slice(1, 2))):
+        np.testing.assert_array_equal(leaf[index], want[index])
+    np.testing.assert_array_equal(leaves["mlps/up"][()][:, 0, 0], [0, 2])
+    again = dict(export_tensors(SPARSE, {path: leaf[()] for path, leaf in leaves.items()}, 4))
+    assert again.keys() == tensors.keys()
+    for name, tensor in again.items():
+        np.testing.assert_array_equal(tensor, tensors[name])
+
+
+def test_a_device_reads_its_own_experts_alone(monkeypatch):
+    """In pieces smaller than a layer's experts: what other devices hold is not looked at."""
+    monkeypatch.setattr(loading, "PIECE_BYTES", 2 * D * F * 4)
+    tensors = sparse_tensors()
+    read = []
+
+    class Watched(np.ndarray):
+        def __getitem__(self, index):
+            read.append(float(self.flat[0]))
+            return super().__getitem__(index)
+
+    tensors = {name: tensor.view(Watched) for name, tensor in tensors.items()}
+    leaf = import_leaves(SPARSE, tensors, SPARSE_SHAPES, 4, where="folder")["experts/up"]
+    mesh = jax.make_mesh((2,), ("expert",), devices=jax.devices()[:2])
+    layout = NamedSharding(mesh, P(None, "expert"))
+    index = layout.addressable_devices_indices_map(leaf.shape)[mesh.devices[1]]
+    read.clear()
+    loading._read_onto(mesh.devices[1], leaf, index, np.float32)
+    assert read == [103, 104, 105, 303, 304, 305]
+    whole = load_onto({"up": leaf}, {"up": jax.ShapeDtypeStruct(leaf.shape, np.float32, sharding=layout)})["up"]
+    np.testing.assert_array_equal(whole, leaf[()])
+
+
+def test_the_first_layers_follow_from_the_table():
+    """Of the first two layers one is sparse."""
+    small = [dataclasses.replace(row, at=tuple(i for i in row.at if i < 2)) for row in SPARSE]
+    leaves = {
+        path: leaf[()] for path, leaf in import_leaves(SPARSE, sparse_tensors(), SPARSE_SHAPES, 4, where="").items()
+    }
+    cut = first_layers(small, leaves, 2)
+    assert {path: leaf.shape for path, leaf in cut.items()} == {
+        path: shape if path == "norm" else ({"layers/up": 2}.get(path, 1), *shape[1:])
+        for path, shape in SPARSE_SHAPES.items()
+    }
+    back, whole = dict(export_tensors(small, cut, 2)), sparse_tensors()
+    assert set(back) == {name for name in whole if name == "norm" or int(name.split(".")[0]) < 2}
+    for name, tensor in back.items():
+        np.testing.assert_array_equal(tensor, whole[name])
+
+
+def test_a_long_list_of_problems_is_cut():
+    rows = (Row("{i}.{x}", "up", Linear(), experts=50),)
+    with pytest.raises(UserError) as caught:
+        import_leaves(rows, {}, {"up": (9, 50, D, F)}, 9, where="folder")
+    assert str(caught.value).endswith("missing tensor 3.49 [24, 16] (for up); and 250 more")

@@ -48,13 +48,15 @@ SHAPE = {
 }
 GROUPED = SHAPE | {"num_key_value_heads": 2}
 T5 = {"vocab_size": 120, "d_model": 24, "num_layers": LAYERS, "num_heads": 4, "d_kv": 5, "d_ff": 44}
-# Plain names, a name that ends as another does, fused tensors, grouped queries.
+SPARSE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [1]}
+# Plain names, a name that ends as another does, fused tensors, grouped queries, layers that differ.
 PEERS = {
     "bert": SHAPE,
     "modernbert": SHAPE | {"cls_token_id": 1, "sep_token_id": 2, "local_attention": 8},
     "t5": T5,
     "llama": GROUPED,
     "phi3": GROUPED,
+    "qwen2_moe": GROUPED | SPARSE | {"shared_expert_intermediate_size": 20},
 }
 TEXTS = random_texts(6, seed=3, longest=12, vocab_size=120)
 
@@ -171,6 +173,19 @@ def test_names_of_linear_layers():
         assert set(linear_layers(rows, pattern, "here")) == want
     for pattern in ("LayerNorm", "embeddings", "bias", "pooler"):
         with pytest.raises(UserError, match=f"here = '{pattern}' finds none .*encoder.layer.intermediate.dense"):
+            linear_layers(rows, pattern, "here")
+
+
+def test_experts_and_routers_have_no_adapters():
+    arch = ARCHITECTURES["qwen2_moe"]
+    rows = arch.rows(arch.config_from_hf(PEERS["qwen2_moe"] | {"model_type": "qwen2_moe"}))
+    mlp = ("up", "down", "gate")
+    want = {f"layers/attention/{name}" for name in ("query", "key", "value", "out")}
+    want |= {f"mlps/{name}" for name in mlp} | {f"experts/shared/{name}" for name in mlp} | {"experts/shared_gate"}
+    assert set(linear_layers(rows, "", "here")) == want
+    assert linear_layers(rows, r"mlp\.up_proj", "here") == ("mlps/up",)
+    for pattern in ("experts", r"mlp\.gate$"):
+        with pytest.raises(UserError, match=r"finds none .*layers\.mlp\.shared_expert\.up_proj"):
             linear_layers(rows, pattern, "here")
 
 

@@ -42,6 +42,13 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "phi3": {"sliding_window": WINDOW},
 }
+EXPERTS = {"num_experts_per_tok": 2, "num_experts": 4}
+SPARSE_SHAPES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_experts_per_tok": 2, "num_local_experts": 4, "head_dim": 10},
+    "qwen2_moe": EXPERTS | {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 20},
+    "qwen3_moe": EXPERTS | {"moe_intermediate_size": 16},
+    "olmoe": EXPERTS,
+}
 
 
 def save_peer(model_type: str, folder: pathlib.Path, **fields: Any) -> Any:
@@ -62,7 +69,7 @@ def save_peer(model_type: str, folder: pathlib.Path, **fields: Any) -> Any:
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    config = transformers.AutoConfig.for_model(model_type, **shape | SHAPES[model_type] | fields)
+    config = transformers.AutoConfig.for_model(model_type, **shape | (SHAPES | SPARSE_SHAPES)[model_type] | fields)
     model = transformers.AutoModel.from_config(config)
     with torch.no_grad():
         for weight in model.parameters():  # biases and norms too: fresh ones are zeros and ones

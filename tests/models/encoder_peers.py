@@ -43,7 +43,40 @@ JINA = SIZES | {
     "type_vocab_size": 2,
     "layer_norm_eps": 1e-12,
 }
-NAMES = (*CONFIGS, "jina_bert")
+# Nomic's sparse BERT, in nomic-ai's words; the peer is our own torch class, which test_nomic_moe.py holds against the
+# definition. Its first layer is dense in each variant.
+SPARSE = {
+    "vocab_size": VOCAB,
+    "n_embd": 36,
+    "n_layer": LAYERS,
+    "n_head": 6,
+    "n_inner": 20,
+    "type_vocab_size": 1,
+    "pad_token_id": 0,
+    "num_experts": 4,
+    "moe_top_k": 2,
+}
+NOMIC_MOE: dict[str, dict[str, Any]] = {
+    "nomic_moe": {"activation_function": "gelu", "rotary_emb_fraction": 1.0, "moe_every_n_layers": 2},
+    "nomic_moe of a bert": {
+        "activation_function": "relu",
+        "n_positions": 30,
+        "moe_layers": [1, 4],
+        "moe_up_bias": True,
+        "moe_normalize_expert_weights": 1,
+    },
+    "nomic_moe of a nomic_bert": {
+        "activation_function": "swiglu",
+        "rotary_emb_fraction": 1.0,
+        "rotary_emb_base": 1000.0,
+        "qkv_proj_bias": False,
+        "mlp_fc1_bias": False,
+        "mlp_fc2_bias": False,
+        "moe_every_n_layers": 3,
+        "moe_gated": True,
+    },
+}
+NAMES = (*CONFIGS, "jina_bert", *NOMIC_MOE)
 States = list[np.ndarray]  # [tokens, D] of each text
 
 
@@ -62,21 +95,37 @@ class Peer:
 
 def save_peer(name: str, folder: pathlib.Path) -> Peer:
     """Saves one of NAMES as a folder, config.json and model.safetensors."""
+    if name in NOMIC_MOE:
+        return save_nomic_moe(NOMIC_MOE[name], folder)
     return _save_jina(folder) if name == "jina_bert" else _save_torch(*CONFIGS[name], folder)
 
 
+def save_nomic_moe(fields: dict[str, Any], folder: pathlib.Path) -> Peer:
+    """Saves Nomic's sparse BERT; `fields` of config.json beside SPARSE."""
+    pytest.importorskip("torch")
+    from jaxembed.hf.modeling_nomic_moe import NomicBertConfig, NomicBertModel
+
+    return _save(NomicBertConfig(**SPARSE, **fields), NomicBertModel, folder)
+
+
 def _save_torch(model_type: str, fields: dict[str, Any], folder: pathlib.Path) -> Peer:
-    torch = pytest.importorskip("torch")
+    pytest.importorskip("torch")
     import transformers
 
-    torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(model_type, **fields)
     made: Callable = transformers.AutoModel.from_config
     if model_type == "t5":  # a whole checkpoint, decoder and all
         made = transformers.T5ForConditionalGeneration
     elif model_type == "mt5":
         made = transformers.MT5EncoderModel
-    model = made(config).eval()
+    return _save(config, made, folder)
+
+
+def _save(config: Any, made: Callable, folder: pathlib.Path) -> Peer:
+    import torch
+
+    torch.manual_seed(0)
+    model_type, model = config.model_type, made(config).eval()
     with torch.no_grad():
         for weight in model.parameters():  # biases and norms too: fresh ones are zeros and ones
             weight.add_(torch.randn_like(weight) * (0.2 if weight.ndim == 1 else 0.1))

@@ -4,19 +4,22 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxembed import sharding
+from jaxembed.blueprint import Blueprint
 from jaxembed.config import MeshConfig
 from jaxembed.data.batch import Rows
 from jaxembed.hf.architectures import ARCHITECTURES
 from jaxembed.hf.peft import linear_layers
-from jaxembed.model_source import Blueprint
 from jaxembed.models.flops import StepFlops, pairs_seen
+from jaxembed.models.layers import experts
 from jaxembed.models.lora import Lora
 from jaxembed.models.options import ModelOptions
 from jaxembed.models.text_encoder import HeadConfig
+from jaxembed.planning import shapes
 from jaxembed.planning.shapes import Tokens
 
 COMMON = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
@@ -29,6 +32,13 @@ SHAPES = {
     **dict.fromkeys(("llama", "qwen2", "qwen3", "phi3", "gemma"), GROUPED),
     **dict.fromkeys(("mistral", "gemma2"), GROUPED | {"sliding_window": 5}),
     "gemma3_text": GROUPED | {"sliding_window": 6, "sliding_window_pattern": 2},
+    "mixtral": GROUPED | {"num_local_experts": 5},
+    "qwen2_moe": COMMON
+    | {"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24}
+    | {"mlp_only_layers": [1]},
+    "qwen3_moe": GROUPED
+    | {"num_experts": 5, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "decoder_sparse_step": 2},
+    "olmoe": COMMON | {"num_experts": 5, "num_experts_per_tok": 2},
 }
 R, L = 3, 24  # rows, each full of one text
 
@@ -37,6 +47,20 @@ R, L = 3, 24  # rows, each full of one text
 def mesh():
     with jax.set_mesh(sharding.make_mesh(MeshConfig(1), jax.devices()[:1])) as mesh:
         yield mesh
+
+
+@pytest.fixture(autouse=True)
+def counted_experts(monkeypatch):
+    """Every token goes through the first experts, as many as it takes: of what loops do a trace says too little."""
+
+    def apply(x, choice, kernels, activation, options):
+        y = jnp.zeros_like(x)
+        for j in range(choice.per_token):
+            hidden = x @ kernels.up[j] * (1 if kernels.gate is None else x @ kernels.gate[j])
+            y += jnp.einsum("rlf,fd->rld", hidden, kernels.down[j], out_sharding=sharding.STATES)
+        return y
+
+    monkeypatch.setattr(experts, "apply_experts", apply)
 
 
 def blueprint_of(name: str, head: HeadConfig, mode: str = "native") -> Blueprint:
@@ -88,8 +112,32 @@ def test_latent_attention():
     assert StepFlops.of(blueprint, factory).forward(np.full(R, L)) + once == traced_products(factory, R)
 
 
-def test_adapters_train_and_their_base_does_not():
-    blueprint = blueprint_of("llama", HeadConfig(), "bidirectional")
+# Parameters, and those that a token meets, in billions, as published: with the token table and the head that generates.
+PUBLISHED = {
+    "Qwen/Qwen3-30B-A3B": (30.5, 3.3),
+    "mistralai/Mixtral-8x7B-v0.1": (46.7, 12.9),
+    "allenai/OLMoE-1B-7B-0924": (6.9, 1.3),
+    "Qwen/Qwen1.5-MoE-A2.7B": (14.3, 2.7),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_known_sparse_models_have_their_size(name):
+    shape = shapes.SHAPES[name]
+    arch = ARCHITECTURES[shape.model_type]
+    hf_config = arch.fresh_hf_config(shape.fields, Tokens(1), "shape")
+    blueprint = Blueprint(hf_config, HeadConfig(), True, L, {}, "", "cosine", 0, None, {})
+    factory = blueprint.factory(ModelOptions())
+    head = hf_config["vocab_size"] * hf_config["hidden_size"]
+    every = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(factory.abstract())) + head
+    met = StepFlops.of(blueprint, factory).per_token / 2 + 2 * head
+    assert every / 1e9 == pytest.approx(PUBLISHED[name][0], rel=0.01)
+    assert met / 1e9 == pytest.approx(PUBLISHED[name][1], rel=0.03)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2_moe"])
+def test_adapters_train_and_their_base_does_not(name):
+    blueprint = blueprint_of(name, HeadConfig(), "bidirectional")
     targets = linear_layers(blueprint.architecture.rows(blueprint.backbone), "", "targets")
     lora = Lora(4, 1.0, 0.0, targets)
     factory = blueprint.factory(ModelOptions(), lora=lora)

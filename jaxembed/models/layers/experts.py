@@ -11,8 +11,9 @@ from jax.sharding import PartitionSpec as P
 from jaxembed import sharding
 from jaxembed.data.batch import Rows
 from jaxembed.errors import UserError
-from jaxembed.models.layers.dispatch import BIAS, INTO, OUT_OF, Kernels, apply_experts
+from jaxembed.models.layers.dispatch import BIAS, INTO, OUT_OF, apply_experts
 from jaxembed.models.layers.dropout import Noise
+from jaxembed.models.layers.grouped import Kernels
 from jaxembed.models.layers.linear import Linear
 from jaxembed.models.layers.mlp import Mlp
 from jaxembed.models.layers.routing import ExpertOptions, ExpertsShape, Routed, choose, sums_of

@@ -100,24 +100,27 @@ class Embedding(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Division by the root mean square over the last axis, in float32 (Zhang & Sennrich 2019, arXiv:1910.07467).
+    """Division by the root mean square over the last axes, in float32 (Zhang & Sennrich 2019, arXiv:1910.07467).
 
     Args:
       width: of the last axis.
       epsilon: added to the mean square.
       dtype: of the parameter.
       offset: added to the scale: 0, or 1 for the Gemma family, whose scales are stored around 0.
+      joint: logical axis and size of dimensions before the last that are normalised together with it.
     """
 
-    def __init__(self, width: int, epsilon: float, dtype: jnp.dtype, offset: float = 0.0) -> None:
-        self.scale = nnx.Param(jnp.full(width, 1 - offset, dtype, out_sharding=P(None)))
+    def __init__(self, width: int, epsilon: float, dtype: jnp.dtype, offset: float = 0.0, joint: Dims = ()) -> None:
+        names, shape = zip(*joint, (None, width))
+        self.scale = nnx.Param(jnp.full(shape, 1 - offset, dtype, out_sharding=sharding.spec(*names)))
+        self.axes = tuple(range(-len(shape), 0))
         self.epsilon = epsilon
         self.offset = offset
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns x normalised, in x's dtype."""
         y = x.astype(jnp.float32)
-        y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
+        y *= jax.lax.rsqrt(jnp.square(y).mean(self.axes, keepdims=True) + self.epsilon)
         return (y * (self.scale[...].astype(jnp.float32) + self.offset)).astype(x.dtype)
 
 

@@ -77,7 +77,7 @@ class RouterSums:
 
     Attributes:
       load: [X], how many times each expert was taken.
-      probability: [X], the router's probabilities.
+      probability: [X], the router's probabilities; None where there is no router, as the next two.
       z: [], squares of the log-sum-exp of the logits.
       entropy: [], of the probabilities, in nats.
       tokens: [], how many tokens there were.
@@ -85,9 +85,9 @@ class RouterSums:
     """
 
     load: jax.Array
-    probability: jax.Array
-    z: jax.Array
-    entropy: jax.Array
+    probability: jax.Array | None
+    z: jax.Array | None
+    entropy: jax.Array | None
     tokens: jax.Array
     dropped: jax.Array
 
@@ -165,7 +165,7 @@ def sums_of(
     real = rows.segment_ids > 0
     taken = (choice.experts[..., None] == jnp.arange(count)).astype(jnp.float32)
     dropped = jnp.where(real & (choice.experts == NOWHERE).all(-1), 1.0, 0.0)
-    probability, z, entropy = jnp.zeros(count), jnp.zeros(()), jnp.zeros(())
+    probability = z = entropy = None
     if logits_RxLxX is not None:
         probability = probabilities_RxLxX.sum((0, 1))
         z = jnp.where(real, jnp.square(jax.nn.logsumexp(logits_RxLxX, -1)), 0).sum()

@@ -1,0 +1,179 @@
+"""Dense checkpoints made sparse give the dense vectors; experts of sources are the dense models that they make."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_architectures import make
+from tiny_run import sentence, tiny_config, write_lines, write_tokenizer
+
+from jaxembed import config as config_lib
+from jaxembed import model_source, sharding, trainer
+from jaxembed.config import ExpertsConfig, MeshConfig, RouterConfig
+from jaxembed.embedder import Embedder
+from jaxembed.errors import UserError
+from jaxembed.export import export_model
+from jaxembed.metrics import read_metrics
+from jaxembed.model_source import open_source
+from jaxembed.models.text_encoder import flatten
+
+TEXTS = ["a", "three short words", "one two three four five six seven eight nine ten", "words again and again", "more"]
+MESHES = {"one": MeshConfig(data=1), "data 2, expert 4": MeshConfig(data=2, expert=4)}
+DENSE = ("bert", "nomic_bert", "llama", "qwen3")
+KIN = {"bert": "nomic_moe", "nomic_bert": "nomic_moe", "llama": "mixtral", "qwen3": "qwen3_moe"}
+
+
+def mesh_of(name: str) -> jax.sharding.Mesh:
+    sizes = MESHES[name]
+    return sharding.make_mesh(sizes, jax.devices()[: sizes.data * sizes.expert])
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """A folder of each dense model, whose weights are far from alike in every layer."""
+    folder = tmp_path_factory.mktemp("bases")
+    tokenizers = {"": write_tokenizer(folder / "tokenizer.json")}
+    for arch in DENSE:
+        embedder = make(arch, "native", tokenizers, mesh_of("one"))
+        with jax.set_mesh(embedder.mesh):
+            shaken = jax.tree.map(
+                lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), embedder.params
+            )
+        Embedder(embedder.blueprint, embedder.factory, shaken, embedder.mesh).save(folder / arch)
+    return folder
+
+
+def opened(bases, arch, mesh="one", **experts):
+    usual = tiny_config(bases)
+    model = dataclasses.replace(
+        usual.model, init=f"hf:{bases / arch}", arch="auto", shape={}, experts=ExpertsConfig(**experts)
+    )
+    config = dataclasses.replace(usual, model=model, tokenizer="auto", mesh=MESHES[mesh])
+    blueprint, load = open_source(config, bases / "nowhere")
+    factory, mesh = blueprint.factory(model_source.options(config.model)), mesh_of(mesh)
+    with jax.set_mesh(mesh):
+        return Embedder(blueprint, factory, load(factory), mesh)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("arch", DENSE)
+def test_at_step_0_the_vectors_are_those_of_the_dense_model(bases, arch, mesh):
+    every = 1 if arch == "llama" else 2
+    sparse = opened(bases, arch, mesh, upcycle=4, top_k=2, every=every, router_noise=1.0)
+    dense = Embedder.load(f"{bases / arch}")
+    assert sparse.blueprint.architecture.model_type == KIN[arch]
+    assert (sparse.blueprint.experts.count, sparse.blueprint.experts.top_k) == (4, 2)
+    want = dense.encode(TEXTS)
+    assert np.ptp(want, axis=0).max() > 0.1
+    np.testing.assert_allclose(sparse.encode(TEXTS), want, atol=1e-5)
+    routers = np.asarray(flatten(sparse.params)["backbone/experts/router/kernel"])
+    assert abs(routers.mean()) < 0.15 and 0.8 < routers.std() < 1.2
+
+
+def test_which_layers_become_sparse(bases):
+    assert opened(bases, "bert", upcycle=2, top_k=1, layers=(2, 0)).blueprint.backbone.sparse == (True, False, True)
+    with pytest.raises(UserError, match=r"config\.model\.experts\.layers = \(9,\): the model has layers 0 … "):
+        opened(bases, "bert", upcycle=2, top_k=1, layers=(9,))
+    with pytest.raises(UserError, match="a llama becomes a mixtral, which has experts in every layer"):
+        opened(bases, "llama", upcycle=2, top_k=1, every=2)
+
+
+def test_what_cannot_be_upcycled_says_so(bases, tmp_path):
+    opened(bases, "qwen3", upcycle=2, top_k=1).save(tmp_path / "sparse")
+    with pytest.raises(UserError, match=r"config\.model\.experts\.upcycle = 2: config\.model\.init is sparse already"):
+        opened(tmp_path, "sparse", upcycle=2, top_k=1)
+    with pytest.raises(UserError, match=r"config\.model\.experts\.kernel = 'blocks': hf:.* has no experts"):
+        opened(bases, "bert", kernel="blocks")
+    with pytest.raises(UserError, match=r"config\.mesh\.expert = 4 does not divide the model's 2 experts"):
+        opened(tmp_path, "sparse", mesh="data 2, expert 4")
+
+
+@pytest.mark.parametrize(
+    ("experts", "others", "said"),
+    [
+        ({"upcycle": 4, "top_k": 5}, {}, r"config\.model\.experts\.top_k = 5: must be in 1 … 4"),
+        ({"upcycle": 6}, {"mesh": MeshConfig(expert=4)}, r"config\.mesh\.expert = 4 does not divide .*upcycle = 6"),
+        ({"routing": "nearest"}, {}, r"config\.model\.experts\.routing: 'nearest' is not one of token"),
+        ({"routing": "source"}, {}, r"'source' is for experts made of a dense model: set \.upcycle"),
+        ({"upcycle": 4, "routing": "source"}, {}, r"top_k = 2: with routing 'source' a text has one expert"),
+        ({"top_k": 1}, {}, r"top_k = 1 is of no use with .*upcycle = 0"),
+        ({"upcycle": 1}, {}, r"upcycle = 1: at least 2 experts"),
+        ({"upcycle": 4, "every": 2, "layers": (1,)}, {}, r"every = 2 and .*layers = \(1,\): set one"),
+        ({"capacity": 0.5}, {}, r"capacity = 0\.5: must be at least 1"),
+        ({"routing": "expert_choice"}, {"mesh": MeshConfig(sequence=2)}, r"leave config\.mesh\.sequence = 1"),
+        ({}, {"router": RouterConfig(balance=-1.0)}, r"config\.router\.balance = -1: must not be negative"),
+    ],
+)
+def test_bad_experts_are_refused_by_the_config(bases, experts, others, said):
+    usual = tiny_config(bases)
+    config = config_lib.to_json(dataclasses.replace(usual, **others))
+    config["model"] |= {"init": f"hf:{bases / 'bert'}", "arch": "auto", "shape": {}}
+    config["model"]["experts"] |= experts
+    with pytest.raises(UserError, match=said):
+        config_lib.load(config)
+
+
+def test_each_source_trains_its_own_expert(bases, tmp_path):
+    """Texts of a source meet one expert, the others stay the dense model's; each is exported as a dense model."""
+    rng = np.random.default_rng(0)
+    c = config_lib.default_config()
+    c.update(steps=3, batch_size=16, grad_cache=2, tokenizer="auto", log_to=())
+    c.model.init = f"hf:{bases / 'bert'}"
+    c.model.experts.update(upcycle=3, top_k=1, every=2, routing="source", served=1)
+    c.optimizer.update(learning_rate=1e-2, weight_decay=0.0)
+    c.data.cache_dir = str(tmp_path / "cache")
+    for name in "ab":
+        rows = [{key: sentence(rng, 6, 6) for key in ("query", "positive")} for _ in range(16)]
+        write_lines(tmp_path / f"{name}.jsonl", rows)
+    source = config_lib.to_json(config_lib.SourceConfig())
+    c.data.train = tuple(source | {"path": str(tmp_path / f"{name}.jsonl")} for name in "ab")
+    trainer.train(config_lib.load(c), tmp_path / "run")
+
+    lines = [line for line in read_metrics(tmp_path / "run") if "router/load" in line]
+    assert (tmp_path / "run" / "report" / "routers.png").is_file() and "router/balance" not in lines[0]
+    loads = np.array([line["router/load"] for line in lines])
+    assert (loads[..., 2] == 0).all() and (loads[..., :2] > 0).all()  # there is no third source
+    run = Embedder.load(str(tmp_path / "run"))
+    up = np.asarray(flatten(run.params)["backbone/experts/up/kernel"])
+    first = np.asarray(flatten(Embedder.load(str(bases / "bert")).params)["backbone/layers/mlp/up/kernel"])[1::2]
+    moved = np.abs(up - first[:, None]).max(axis=(0, 2, 3))
+    assert moved[0] > 1e-3 < moved[1] and moved[2] < 1e-6
+    for expert in range(3):
+        served = Embedder.load(str(tmp_path / "run"), expert=expert)
+        export_model(served, tmp_path / f"expert{expert}")
+        dense = Embedder.load(str(tmp_path / f"expert{expert}"))
+        assert dense.blueprint.architecture.model_type == "bert"
+        np.testing.assert_allclose(dense.encode(TEXTS), served.encode(TEXTS), atol=1e-5)
+    np.testing.assert_allclose(
+        Embedder.load(str(tmp_path / "run" / "export")).encode(TEXTS), run.encode(TEXTS), atol=1e-5
+    )
+    apart = [Embedder.load(str(tmp_path / f"expert{i}")).encode(TEXTS) for i in range(3)]
+    assert min(np.abs(a - b).max() for a, b in itertools.pairwise(apart)) > 1e-3
+    with pytest.raises(UserError, match="--expert=3: the model has experts 0 … 2"):
+        Embedder.load(str(tmp_path / "run"), expert=3)
+    with pytest.raises(UserError, match="--expert=0 is for models whose texts' sources pick the experts"):
+        Embedder.load(str(bases / "bert"), expert=0)
+
+
+def test_sources_reach_the_tokens_of_their_texts():
+    """`step._with_sources`: by the texts' numbers, whatever bins and rows they lie in."""
+    from jaxembed.data.batch import Batch, PairShape, Rows, Texts
+    from jaxembed.step import _with_sources
+
+    pair = PairShape(1, 1)
+    pairs, sources = np.array([2, 0, -1, 1, 3, -1]), np.array([5, 7, 0, 6, 8, 0])
+    queries = Texts(
+        **{f.name: np.zeros(6, np.int32) for f in dataclasses.fields(Texts)} | {"pair": pairs, "source": sources}
+    )
+    segments = np.array([[[1, 1, 7, 8, 0, 0], [4, 5, 6, 12, 12, 0]]], np.int32)
+    rows = Rows(*(np.zeros_like(segments) for _ in range(5)))
+    batch = Batch(dataclasses.replace(rows, segment_ids=segments), queries, queries)
+    with jax.set_mesh(mesh_of("one")):
+        got = jax.jit(lambda batch: _with_sources(batch, pair).source)(jax.tree.map(jnp.asarray, batch))
+    by_pair = {0: 7, 1: 6, 2: 5, 3: 8}
+    want = [[[by_pair[(s - 1) // 3] if s else None for s in row] for row in micro] for micro in segments]
+    for g, w in zip(np.asarray(got).reshape(-1), np.array(want, object).reshape(-1)):
+        assert w is None or g == w
