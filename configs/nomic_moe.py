@@ -19,8 +19,8 @@ from jaxembed.config import default_config
 
 MACHINES = {
     "h200": {"batch_size": 2048, "grad_cache": 8, "mesh": {}},
-    "v5e-16": {"batch_size": 4096, "grad_cache": 4, "mesh": {"data": 4, "expert": 4}},
-    "v5p-64": {"batch_size": 16384, "grad_cache": 4, "mesh": {"data": 8, "expert": 8}},
+    "v5e-16": {"batch_size": 4096, "grad_cache": 16, "mesh": {"data": 4, "expert": 4}},
+    "v5p-64": {"batch_size": 16384, "grad_cache": 4, "mesh": {"data": 16, "expert": 4}},
 }
 # Where each is to run; `make test-aot` compiles it for there.
 TOPOLOGIES = {"h200": "h200:1", "v5e-16": "v5e:4x4", "v5p-64": "v5p:4x4x4", "minilm": "cpu:1"}

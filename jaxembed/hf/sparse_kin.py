@@ -84,9 +84,7 @@ def _from_nomic_bert(hf: Mapping[str, Any], experts: int, top_k: int, at: tuple[
     """nomic_bert → the same with experts that have gates."""
     said = nomic_spelled(hf)
     if ROPE.parameters(said, WHERE)["rope_type"] != "default":
-        raise UserError(
-            f"{WHERE}: a nomic_bert with scaled rotary positions has no sparse kin; leave these"
-        )
+        raise UserError(f"{WHERE}: a nomic_bert with scaled rotary positions has no sparse kin; leave these")
     own = {
         "activation_function": "swiglu",
         "type_vocab_size": said["type_vocab_size"],

@@ -84,7 +84,7 @@ SHAPES: dict[str, Shape] = {
             "rope_theta": 10_000.0,
         },
     ),
-    "Qwen/Qwen3-30B-A3B": Shape(
+    "Qwen/Qwen3-30B-A3B-Base": Shape(
         "qwen3_moe",
         {
             "vocab_size": 151_936,
@@ -165,6 +165,17 @@ SHAPES: dict[str, Shape] = {
         },
         HeadConfig(expansion=3072, projection=768),
         attention="bidirectional",
+    ),
+    "nomic-ai/nomic-embed-text-v1-unsupervised": Shape(
+        "nomic_bert",
+        {
+            "vocab_size": 30_528,
+            "hidden_size": 768,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "intermediate_size": 3072,
+            "max_position_embeddings": 8192,
+        },
     ),
     "answerdotai/ModernBERT-base": Shape(
         "modernbert",

@@ -72,4 +72,3 @@ def test_multiplies_what_tokens_take(mesh, dtype, gated):
     # any width would be far more.
     memory = [compiled.memory_analysis().temp_size_in_bytes for compiled in (few, many)]
     assert memory[1] - memory[0] < 3 * 4 * (64 - 8) // expert * kernels * WIDTH * HIDDEN // tensor
-    assert math.isfinite(memory[0])

@@ -114,7 +114,7 @@ def test_latent_attention():
 
 # Parameters, and those that a token meets, in billions, as published: with the token table and the head that generates.
 PUBLISHED = {
-    "Qwen/Qwen3-30B-A3B": (30.5, 3.3),
+    "Qwen/Qwen3-30B-A3B-Base": (30.5, 3.3),
     "mistralai/Mixtral-8x7B-v0.1": (46.7, 12.9),
     "allenai/OLMoE-1B-7B-0924": (6.9, 1.3),
     "Qwen/Qwen1.5-MoE-A2.7B": (14.3, 2.7),

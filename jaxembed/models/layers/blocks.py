@@ -76,19 +76,21 @@ class Walk:
         inputs = _with_slack(self.inputs, height)
         ends = jnp.cumsum(sizes_X)
         blocks_X = -(-sizes_X // height)
-        last = jnp.cumsum(blocks_X)
+        last_X = jnp.cumsum(blocks_X)
+        number_B = jnp.arange(n_items // height + n_experts)
+        expert_B = jnp.minimum((number_B[:, None] >= last_X).sum(1), n_experts - 1)
+        start_B = (ends - sizes_X)[expert_B] + (number_B - (last_X - blocks_X)[expert_B]) * height
+        start_B = jnp.where(number_B < last_X[-1], start_B, n_items)  # void blocks lie behind all items
 
-        def one_block(number: jax.Array, carry: tuple[Rows, Any]) -> tuple[Rows, Any]:
+        def one_block(i: jax.Array, carry: tuple[Rows, Any]) -> tuple[Rows, Any]:
             outputs, all_sums = carry
-            expert = jnp.minimum(jnp.searchsorted(last, number, side="right"), n_experts - 1)
-            start = ends[expert] - sizes_X[expert] + (number - last[expert] + blocks_X[expert]) * height
-            start = jnp.where(number < last[-1], start, n_items)
-            here = _at(self.weights, expert), ends[expert], start, height
+            expert = expert_B[i]
+            here = _at(self.weights, expert), ends[expert], start_B[i], height
             outputs, sums = self._block(inputs, *here, outputs, _at(all_sums, expert))
             return outputs, _put(all_sums, expert, sums)
 
         start = _with_slack(self.outputs, height), self.sums
-        outputs, sums = jax.lax.fori_loop(0, n_items // height + n_experts, one_block, start)
+        outputs, sums = jax.lax.fori_loop(0, len(number_B), one_block, start)
         return tuple(x[:n_items] for x in outputs), sums
 
     def _block(

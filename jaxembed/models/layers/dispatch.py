@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxembed import sharding
 from jaxembed.models.layers import grouped
 from jaxembed.models.layers.grouped import Kernels
-from jaxembed.models.layers.rounds import exchange, inverse
+from jaxembed.models.layers.rounds import Compute, Rows, exchange, inverse
 from jaxembed.models.layers.routing import NOWHERE, Choice, ExpertOptions
 
 # Logical axes of the experts' weights.
@@ -88,7 +88,7 @@ class _Dispatch:
         items_NxD = x_TxD[slots_N // experts_TxK.shape[1]]
         gathered = _gathered(kernels, x_TxD.dtype)
 
-        def compute(items: tuple[jax.Array], sizes_X: jax.Array) -> tuple[tuple[jax.Array], None]:
+        def compute(items: Rows, sizes_X: jax.Array) -> tuple[Rows, None]:
             return (grouped.forward(*items, sizes_X, gathered, self.activation, self.kernel),), None
 
         (y_NxD,), _ = self._where_experts_are(compute, (items_NxD,), sizes_X, (jnp.zeros_like(items_NxD),), None)
@@ -110,7 +110,7 @@ class _Dispatch:
         items = x_TxD[token_N], _flat(dy_RxLxD)[token_N], weights_TxK.reshape(-1)[slots_N]
         gathered = _gathered(kernels, x_TxD.dtype)
 
-        def compute(items: tuple[jax.Array, ...], sizes_X: jax.Array) -> tuple[tuple[jax.Array, ...], Kernels]:
+        def compute(items: Rows, sizes_X: jax.Array) -> tuple[Rows, Kernels]:
             return grouped.backward(*items, sizes_X, gathered, self.activation, self.kernel)
 
         outputs = jnp.zeros_like(items[0]), jnp.zeros_like(items[2])
@@ -134,8 +134,8 @@ class _Dispatch:
         return slots[: len(experts_TxK) * self.per_token], jnp.diff(ends, prepend=0)
 
     def _where_experts_are(
-        self, compute: Any, items: tuple[jax.Array, ...], sizes_X: jax.Array, outputs: tuple[jax.Array, ...], sums: Any
-    ) -> tuple[tuple[jax.Array, ...], Any]:
+        self, compute: Compute, items: Rows, sizes_X: jax.Array, outputs: Rows, sums: Any
+    ) -> tuple[Rows, Any]:
         """Computes items here, or sends them to their experts; see `rounds.exchange`."""
         if jax.lax.axis_size("expert") == 1:
             return compute(items, sizes_X)

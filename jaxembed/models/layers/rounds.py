@@ -14,10 +14,12 @@ import jax.numpy as jnp
 from jaxembed.sharding import AXES
 
 Rows = tuple[jax.Array, ...]  # arrays [N, …]
+# From items sorted by the device's own experts, and how many each of these has, to outputs and what is summed: a tree.
+Compute = Callable[[Rows, jax.Array], tuple[Rows, Any]]
 
 
 def exchange(
-    compute: Callable[[Rows, jax.Array], tuple[Rows, Any]],
+    compute: Compute,
     items: Rows,
     sizes_X: jax.Array,
     outputs: Rows,
@@ -27,7 +29,7 @@ def exchange(
     """Computes items where their experts lie; called inside a `shard_map` over all of the mesh.
 
     Args:
-      compute: (items sorted by the device's own experts, how many of each) → (outputs, sums over them: a tree).
+      compute: what a device does with the items that came.
       items: arrays [N, …] sorted by expert; what lies beyond the sum of the sizes is void.
       sizes_X: int32, of all experts; a device has X / n of them, in the order of the mesh's axis `expert`.
       outputs: zeros of the outputs' shapes and dtypes, [N, …].
