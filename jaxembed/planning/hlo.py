@@ -24,6 +24,9 @@ _NO_WORK = {
 }
 _CALLED = re.compile(r"\b(calls|body|condition|to_apply|true_computation|false_computation)=%([\w.\-]+)")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
+# Products of rows sorted by expert: XLA's own for TPUs, and megablox (both are kernels).
+_GROUPED = re.compile(r"ragged-dot|\btgmm\b|\bgmm\b")
+_EVEN = re.compile(r'op_name="[^"]*/evenly_(\d+)/while"')  # `jaxembed.models.layers.blocks.evenly`
 _IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 _KERNEL_PRODUCTS = (
     ("preprocess", 0),
@@ -140,6 +143,7 @@ class Program:
         self.computations, self.entry = _parse(text)
         self.chips, self.row_length = chips, row_length
         self._uncounted: set[str] = set()
+        self._even: set[str] = set()
 
     @functools.cached_property
     def work(self) -> list[Work]:
@@ -150,6 +154,11 @@ class Program:
     def uncounted_loops(self) -> int:
         """How many loops, met so far, do not say how often they run; they count once."""
         return len(self._uncounted)
+
+    @property
+    def even_loops(self) -> int:
+        """How many loops, met so far, are as long as the data say; they count as where tokens spread evenly."""
+        return len(self._even)
 
     @functools.cached_property
     def collectives(self) -> list[Collective]:
@@ -177,6 +186,9 @@ class Program:
         bounds = [lines[name].rest for name in root.operands if lines[name].opcode == "constant"]
         if root.opcode == "compare" and "direction=LT" in root.rest and bounds:
             return int(bounds[0])
+        if even := _EVEN.search(loop.rest):
+            self._even.add(loop.called("body"))
+            return int(even[1])
         self._uncounted.add(loop.called("body"))
         return 1
 
@@ -218,8 +230,10 @@ class Program:
         return 2 * math.sqrt(left.size * right.size * out.size / batch), left.dtype, batch > 1
 
     def _kernel(self, line: Instruction, arrays: Sequence[Array]) -> tuple[float, str, bool]:
-        states = [a for a in arrays if len(a.shape) >= 3 and self.row_length in a.shape]
         called = line.name + "".join(re.findall(r'op_name="([^"]*)"', line.rest))
+        if _GROUPED.search(called):
+            return _grouped(line, arrays)
+        states = [a for a in arrays if len(a.shape) >= 3 and self.row_length in a.shape]
         products = next((n for word, n in _KERNEL_PRODUCTS if word in called), 0)
         if not states or not products:
             return _NO_PRODUCT
@@ -347,6 +361,16 @@ def _read(name: str, user: Instruction, inner: dict[str, Instruction]) -> int:
     if user.opcode == "dynamic-update-slice" and user.operands[0] == name:
         return 0  # written in place; the update counts as the fusion's output
     return inner[name].arrays[0].bytes
+
+
+def _grouped(line: Instruction, arrays: Sequence[Array]) -> tuple[float, str, bool]:
+    """Returns the product of rows sorted by expert with their experts' kernels, or the sums of rows times rows."""
+    factors = [array for array in arrays if len(array.shape) >= 2]
+    if len(factors) != 2:  # what a kernel is to know of the groups
+        return _NO_PRODUCT
+    left, right, out = *factors, line.arrays[0]
+    n_experts = next(array.shape[0] for array in (left, right, out) if len(array.shape) == 3)
+    return 2 * math.sqrt(left.size * right.size * out.size / n_experts), left.dtype, False
 
 
 def _batch(line: Instruction, left: Array, right: Array, out: Array) -> int:
