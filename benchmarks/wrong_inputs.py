@@ -74,6 +74,7 @@ class Case:
     bare: bool = False
 
 
+DENSE_BERT = ("--config.model.init=hf:{}/model", "--config.tokenizer=auto", "--config.model.arch=auto")
 SCRATCH = ("--config={}/scratch.py", "--workdir={}/run", "--data={}/pairs.jsonl")
 CASES = (
     Case("unknown flag", ("--wrokdir=x",)),
@@ -188,6 +189,24 @@ CASES = (
         ("--config.optimizer.by_regex=(('layers',0.0),)",),
     ),
     Case("unknown architecture", ("--config.model.arch=bort",)),
+    Case(
+        "a token takes more experts than there are",
+        (*DENSE_BERT, "--config.model.experts.upcycle=2", "--config.model.experts.top_k=3"),
+        (*DENSE_BERT, "--config.model.experts.upcycle=2"),
+    ),
+    Case(
+        "experts that the mesh does not divide",
+        (*DENSE_BERT, "--config.model.experts.upcycle=6", "--config.mesh.data=1", "--config.mesh.expert=4"),
+        (*DENSE_BERT, "--config.model.experts.upcycle=6", "--config.mesh.expert=1"),
+    ),
+    Case(
+        "unknown routing of experts",
+        (*DENSE_BERT, "--config.model.experts.upcycle=2", "--config.model.experts.routing=nearest"),
+        (*DENSE_BERT, "--config.model.experts.upcycle=2", "--config.model.experts.routing=expert_choice"),
+    ),
+    Case("copies of a model from scratch", ("--config.model.experts.upcycle=2",)),
+    Case("settings of experts without any", ("--config.model.experts.top_k=1",)),
+    Case("routing weights of a dense model", ("--config.model.moee=sum", "--config.export=false")),
     Case("stage that changes the mesh", ("--config={}/stages.py:mesh",), ("--config={}/stages.py",)),
     Case("unknown key in a stage", ("--config={}/stages.py:typo",), ("--config={}/stages.py",)),
     Case("data file missing", ("--data={}/nowhere.jsonl",)),

@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxembed.errors import UserError
 from jaxembed.hf import decoders, nomic_moe
+from jaxembed.hf.attention_modes import OURS as MODES
 from jaxembed.hf.nomic_bert import NAMES, ROPE
 from jaxembed.hf.nomic_bert import spelled as nomic_spelled
 
@@ -26,9 +27,12 @@ _SHARED = (
     "rope_scaling",
     "rope_parameters",
     "is_causal",
+    MODES,
     "output_hidden_states",
     *TOKENS,
 )
+# Those that Nomic's kinds spell as bert does.
+_NOT_RENAMED = ("vocab_size", "initializer_range", "output_hidden_states", *TOKENS)
 Made = dict[str, Any]
 
 
@@ -82,7 +86,7 @@ def _from_bert(hf: Mapping[str, Any], experts: int, top_k: int, at: tuple[int, .
 
 def _from_nomic_bert(hf: Mapping[str, Any], experts: int, top_k: int, at: tuple[int, ...]) -> Made:
     """nomic_bert → the same with experts that have gates."""
-    said = nomic_spelled(hf)
+    said = {"type_vocab_size": 2, "layer_norm_eps": 1e-12, **nomic_spelled(hf)}  # as config_from_hf takes them
     if ROPE.parameters(said, WHERE)["rope_type"] != "default":
         raise UserError(f"{WHERE}: a nomic_bert with scaled rotary positions has no sparse kin; leave these")
     own = {
@@ -98,7 +102,7 @@ def _from_nomic_bert(hf: Mapping[str, Any], experts: int, top_k: int, at: tuple[
 
 def _nomic_moe(said: Mapping[str, Any], own: Made, experts: int, top_k: int, at: tuple[int, ...]) -> Made:
     named = {theirs: said[ours] for ours, theirs in NAMES.items() if ours in said}
-    kept = {field: said[field] for field in ("vocab_size", "initializer_range", *TOKENS) if field in said}
+    kept = {field: said[field] for field in _NOT_RENAMED if field in said}
     sparse = {
         "num_experts": experts,
         "moe_top_k": top_k,
