@@ -34,7 +34,7 @@ def run(options: argparse.Namespace, data: pathlib.Path, kind: str, seed: int, w
     """Trains; returns the lines of metrics."""
     command = [
         *(sys.executable, "-m", "jaxembed.train", "--config=configs/nomic_moe.py:minilm", f"--workdir={workdir}"),
-        *(f"--data={data / 'pairs' / name}.jsonl.gz" for name in TRAIN),
+        f"--data={','.join(f'{data}/pairs/{name}.jsonl.gz' for name in TRAIN)}",
         *(f"--config.model.init=hf:{options.model}", f"--config.steps={options.steps}", f"--config.seed={seed}"),
         *(f"--config.eval.every={options.steps}", f"--config.eval.sts=('{data / STS}',)"),
         *(f"--config.eval.pairs=('{data / PAIRS}',)", "--config.export=False", "--config.log_to=()"),

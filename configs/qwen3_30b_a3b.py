@@ -17,8 +17,8 @@ from jaxembed.config import default_config
 
 TASK = "Given a web search query, retrieve relevant passages that answer the query"
 MACHINES = {
-    "h200": {"batch_size": 512, "grad_cache": 16, "mesh": {}},
-    "v5e-16": {"batch_size": 512, "grad_cache": 8, "mesh": {"data": 1, "fsdp": 4, "expert": 4}},
+    "h200": {"batch_size": 512, "grad_cache": 8, "mesh": {}},
+    "v5e-16": {"batch_size": 512, "grad_cache": 4, "mesh": {"data": 1, "fsdp": 4, "expert": 4}},
     "v5p-64": {"batch_size": 2048, "grad_cache": 4, "mesh": {"data": 1, "fsdp": 4, "expert": 16}},
     "v5e-256": {"batch_size": 4096, "grad_cache": 8, "mesh": {"data": 1, "fsdp": 16, "expert": 16}},
 }

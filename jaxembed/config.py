@@ -40,7 +40,7 @@ class ExpertsConfig:
     layers: tuple[int, ...] = ()  # … these, counted from 0; () = by `every`
     router_noise: float = 0.02  # … standard deviation of the fresh routers' weights; their mean is zero
     routing: str = "token"  # 'token' takes its experts | 'expert_choice': they take tokens, in training | 'source'
-    served: int = 0  # routing 'source': the expert (= the source's number) of texts outside of training
+    served: int = 0  # routing 'source': the expert (a place in data.train) of texts outside of training, and of eval
     kernel: str = AUTO  # of the grouped products: 'blocks' | 'ragged'; 'auto' = the device's own
     capacity: float = 1.25  # what a device sends to another at once, as a multiple of the balanced share
 
@@ -397,7 +397,8 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         raise _wrong_type(where, kind.__name__, value)
     choices = CHOICES.get(_pattern(where))
     if choices and value not in choices:
-        raise UserError(f"config.{where}: {value!r} is not one of {', '.join(choices)}{nearest(value, choices)}")
+        known = ", ".join(choice or "''" for choice in choices)
+        raise UserError(f"config.{where}: {value!r} is not one of {known}{nearest(value, choices)}")
     return value
 
 

@@ -229,7 +229,8 @@ def _experts(c: Config) -> None:
     """Mixtures of experts: how many there are, and who picks them."""
     m, e, usual = c.model, c.model.experts, ExpertsConfig()
     where = "config.model.experts"
-    require(e.capacity >= 1, f"{where}.capacity = {e.capacity:g}: must be at least 1, the balanced share")
+    finite = 1 <= e.capacity < math.inf
+    require(finite, f"{where}.capacity = {e.capacity:g}: must be at least 1, the balanced share, and finite")
     for field in ("balance", "z"):
         value = getattr(c.router, field)
         require(0 <= value < math.inf, f"config.router.{field} = {value:g}: must not be negative, and finite")
@@ -251,8 +252,16 @@ def _experts(c: Config) -> None:
         f"{moee}: no other program makes vectors of routing weights: set config.export = False; Embedder and "
         "jaxembed.evaluate open the run itself",
     )
+    require(
+        e.routing != "source" or (c.router.balance in (0, RouterConfig().balance) and c.router.z == 0),
+        "config.router: with routing 'source' there is no router: leave its fields alone",
+    )
     if not e.upcycle:
-        require(e.routing != "source", f"{where}.routing = 'source' is for experts made of a dense model: set .upcycle")
+        require(
+            e.routing != "source" or m.init.startswith("run:"),
+            f"{where}.routing = 'source' is for experts made of a dense model: set .upcycle; or go on from a run that "
+            "has them, 'run:…'",
+        )
         for field in ("top_k", "every", "layers", "router_noise", "served"):
             value = getattr(e, field)
             require(
@@ -292,10 +301,6 @@ def _experts(c: Config) -> None:
         f"({where}.upcycle): each source has its own",
     )
     require(0 <= e.served < e.upcycle, f"{where}.served = {e.served}: must be in 0 … {e.upcycle - 1}")
-    require(
-        c.router.balance in (0, RouterConfig().balance) and c.router.z == 0,
-        "config.router: with routing 'source' there is no router: leave its fields alone",
-    )
 
 
 def _lora(m: ModelConfig) -> None:

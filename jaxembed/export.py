@@ -55,6 +55,7 @@ def export_model(embedder: "Embedder", out: AnyPath, layers: int = 0, dim: int =
     from jaxembed.hf.table import export_tensors
     from jaxembed.hf.writer import write_folder
     from jaxembed.losses.objective import sizes_of
+    from jaxembed.model_source import FOLDER, Blueprint
     from jaxembed.models.text_encoder import BACKBONE, flatten
     from jaxembed.reporting.model_card import card_files
     from jaxembed.sharding import to_host
@@ -70,7 +71,8 @@ def export_model(embedder: "Embedder", out: AnyPath, layers: int = 0, dim: int =
         hf_config = _with_widths(hf_config, sizes, layers, small.width)
     with jax.default_matmul_precision("float32"):
         fingerprint = write_fingerprint(small.encode(list(TEXTS)))
-    note = _note(embedder, sizes, layers, dim)
+    scored = Blueprint.load(small.run.workdir / FOLDER) if small.run else blueprint
+    note = " ".join(filter(None, (_note(embedder, sizes, layers, dim), _expert_note(embedder.blueprint, scored))))
     with jax.set_mesh(small.mesh):
         backbone = flatten(small.params["backbone"])
         head = {path: to_host(x) for path, x in flatten(small.params).items() if not path.startswith(BACKBONE)}
@@ -262,6 +264,17 @@ def _note(whole: "Embedder", sizes: Sequence["Size"], layers: int, dim: int) -> 
             f"{dim or width} of {width} dimensions; scores and curves are those of the whole model."
         )
     return " ".join(said)
+
+
+def _expert_note(blueprint: "Blueprint", of_run: "Blueprint") -> str:
+    """Returns what the model card says of the one expert that a folder holds, where sources have an expert each."""
+    experts = blueprint.experts
+    if experts is None or not experts.by_source:
+        return ""
+    said = f"This folder holds expert {experts.served} of 0 … {experts.count - 1}, that of the source of this number."
+    if of_run.experts and of_run.experts.served != experts.served:
+        said += f" Scores during training are those of expert {of_run.experts.served}."
+    return said
 
 
 def main() -> None:

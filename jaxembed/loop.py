@@ -15,6 +15,7 @@ import numpy as np
 from jaxembed import sharding
 from jaxembed.blueprint import Blueprint
 from jaxembed.checkpoint import Checkpoints
+from jaxembed.compile_cache import not_kept
 from jaxembed.config import Config
 from jaxembed.data.batch import Batch
 from jaxembed.data.loader import StepInfo, prefetch
@@ -178,7 +179,9 @@ class Loop:
     def _compile(self, shapes: str, state: TrainState, batch: Batch) -> Any:
         say = self.run_.progress.say
         say(f"compiling for {shapes} tokens …")
-        compiled = self.step_function.lower(state, batch, self.run_.given).compile()
+        experts_on_cpus = self.run_.blueprint.experts is not None and sharding.platform() == "cpu"
+        with not_kept(when=experts_on_cpus and self.run_.mesh.size > 1):
+            compiled = self.step_function.lower(state, batch, self.run_.given).compile()
         memory = compiled.memory_analysis()
         if memory:
             gigabytes = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 1e9

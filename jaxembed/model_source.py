@@ -40,6 +40,7 @@ from jaxembed.models.text_encoder import (
     split,
     unflatten,
 )
+from jaxembed.stages import stages_of
 from jaxembed.storage import AnyPath, sizes
 from jaxembed.upcycling import sparse_blueprint, sparse_loader
 
@@ -79,15 +80,21 @@ def _require_experts(c: Config, blueprint: Blueprint) -> None:
     experts, parallel = blueprint.experts, c.mesh.expert
     if experts and parallel > 1 and experts.count % parallel:
         raise UserError(f"config.mesh.expert = {parallel} does not divide the model's {experts.count} experts")
-    usual = ExpertsConfig()
+    stages, usual, routing = [stage.config for stage in stages_of(c)], ExpertsConfig(), c.model.experts.routing
     for field in ("routing", "kernel", "capacity"):
         value = getattr(c.model.experts, field)
         if not experts and value != getattr(usual, field):
-            raise UserError(f"config.model.experts.{field} = {value!r}: {c.model.init} has no experts")
+            raise UserError(f"config.model.experts.{field} = {value!r}: the model has no experts: leave it alone")
     for field in ("balance", "z"):
-        value = getattr(c.router, field)
-        if not experts and value != getattr(RouterConfig(), field):
-            raise UserError(f"config.router.{field} = {value:g}: {c.model.init} has no experts")
+        values = {getattr(stage.router, field) for stage in stages} - {getattr(RouterConfig(), field)}
+        if not experts and values:
+            raise UserError(f"config.router.{field} = {min(values):g}: the model has no experts: leave it alone")
+    if experts and experts.by_source != (routing == "source"):
+        who = "texts' sources pick experts: set it to 'source'" if experts.by_source else "a router picks experts"
+        raise UserError(f"config.model.experts.routing = {routing!r}, but in {c.model.init} {who}")
+    sources = max(len(stage.data.train) for stage in stages)
+    if experts and experts.by_source and sources > experts.count:
+        raise UserError(f"config.data.train: {sources} sources for the {experts.count} experts of {c.model.init}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,6 +66,9 @@ def train(config: Config, workdir: AnyPath, peers: Peers | None = None, profile:
         lora = blueprint.lora(config.model.lora)
         teacher = model_source.open_teacher(config.teacher)
         _check_sizes(config, blueprint, mesh)
+        experts, parallel = teacher.blueprint.experts if teacher else None, mesh.shape["expert"]
+        if experts and experts.count % parallel:
+            raise UserError(f"config.mesh.expert = {parallel} does not divide the teacher's {experts.count} experts")
         _agree_on_model(peers, config, blueprint, teacher.blueprint if teacher else None)
         run_folder.claim(workdir, config, write=peers.main)
         stack.enter_context(run_folder.disk_errors(workdir))
@@ -185,6 +188,10 @@ def _check_sizes(config: Config, blueprint: Blueprint, mesh: jax.sharding.Mesh) 
                         f"config.matryoshka.{name}: {size} is not in 1 … {full - 1}; the model's full size, {full}, is "
                         "trained anyway"
                     )
+        if blueprint.experts and not blueprint.experts.by_source:  # a model of so few layers may have no experts
+            arch = blueprint.architecture
+            for size in sizes.layers:
+                arch.config_from_hf(arch.with_layers(blueprint.hf_config, size), f"config.matryoshka.layers: {size}")
 
 
 def _open_stages(

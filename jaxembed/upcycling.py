@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxembed.blueprint import Blueprint
 from jaxembed.config import ExpertsConfig
 from jaxembed.errors import UserError
+from jaxembed.hf.architectures import architecture_of
 from jaxembed.hf.source_experts import dense_config, with_source_experts
 from jaxembed.hf.sparse_kin import SPARSE_KIN
 from jaxembed.models.options import ModelOptions, per_layer
@@ -34,7 +35,7 @@ def sparse_layers(c: ExpertsConfig, layers: int) -> tuple[int, ...]:
     chosen = c.layers or tuple(i for i in range(layers) if (i + 1) % c.every == 0)
     if not chosen or max(chosen) >= layers:
         field = f"layers = {c.layers}" if c.layers else f"every = {c.every}"
-        raise UserError(f"config.model.experts.{field}: the model has layers 0 … {layers - 1}")
+        raise UserError(f"config.model.experts.{field}: the model has layers 0 … {layers - 1}, so none of these")
     return tuple(sorted(chosen))
 
 
@@ -117,7 +118,9 @@ def only_expert(blueprint: Blueprint, params: Params, expert: int) -> tuple[Blue
       params: its parameters; both need a mesh set.
       expert: the expert's number.
     """
-    dense = dataclasses.replace(blueprint, hf_config=dense_config(blueprint.hf_config))
+    hf_config = dense_config(blueprint.hf_config)
+    hf_config = architecture_of(hf_config).with_attention(hf_config, blueprint.backbone.attention)
+    dense = dataclasses.replace(blueprint, hf_config=hf_config)
     leaves, wanted = flatten(params), flatten(dense.factory(ModelOptions()).abstract())
     sparse = per_layer(blueprint.backbone.sparse, blueprint.backbone.layers)
 
@@ -130,7 +133,8 @@ def only_expert(blueprint: Blueprint, params: Params, expert: int) -> tuple[Blue
 
         def pick(experts: jax.Array, others: jax.Array | None) -> jax.Array:
             if rest != "down/bias":
-                experts = experts.at[:, expert].get(out_sharding=layout)
+                one = jnp.full(1, expert)  # one number alone would be a slice, which a sharded axis cannot have
+                experts = experts.at[:, one].get(out_sharding=P(layout[0], None, *layout[1:]))[:, 0]
             of_layers, dense_ones = iter(experts), iter(() if others is None else others)
             return jnp.stack([next(of_layers) if is_sparse else next(dense_ones) for is_sparse in sparse])
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -12,18 +13,24 @@ from tiny_run import sentence, tiny_config, write_lines, write_tokenizer
 
 from jaxembed import config as config_lib
 from jaxembed import model_source, sharding, trainer
-from jaxembed.config import ExpertsConfig, MeshConfig, RouterConfig
+from jaxembed.config import ExpertsConfig, LossConfig, MatryoshkaConfig, MeshConfig, RouterConfig, TeacherConfig
 from jaxembed.embedder import Embedder
 from jaxembed.errors import UserError
 from jaxembed.export import export_model
+from jaxembed.hf.architectures import architecture_of
+from jaxembed.hf.sparse_kin import SPARSE_KIN
 from jaxembed.metrics import read_metrics
 from jaxembed.model_source import open_source
 from jaxembed.models.text_encoder import flatten
+from jaxembed.upcycling import only_expert
 
 TEXTS = ["a", "three short words", "one two three four five six seven eight nine ten", "words again and again", "more"]
 MESHES = {"one": MeshConfig(data=1), "data 2, expert 4": MeshConfig(data=2, expert=4)}
 DENSE = ("bert", "nomic_bert", "llama", "qwen3")
 KIN = {"bert": "nomic_moe", "nomic_bert": "nomic_moe", "llama": "mixtral", "qwen3": "qwen3_moe"}
+
+EPSILONS = ("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps")
+MIXED = ("causal", "prefix", "bidirectional")
 
 
 def mesh_of(name: str) -> jax.sharding.Mesh:
@@ -81,11 +88,40 @@ def test_which_layers_become_sparse(bases):
         opened(bases, "llama", upcycle=2, top_k=1, every=2)
 
 
+@pytest.mark.parametrize("arch", DENSE)
+def test_config_json_of_the_kin_keeps_what_the_dense_one_says(bases, arch):
+    """Attention that no other program knows, states of all layers; and defaults that the two kinds do not share."""
+    hf = json.loads((bases / arch / "config.json").read_text()) | {"output_hidden_states": True}
+    rest = {field: value for field, value in hf.items() if field not in ("type_vocab_size", *EPSILONS)}
+    dense = architecture_of(hf)
+    both = [dense.with_attention(hf, modes) for modes in (() if dense.fixed_attention else (("prefix",), MIXED))]
+    for said in (hf, rest, *both):
+        made = SPARSE_KIN[arch](said, 2, 1, (0, 1, 2))
+        want, got = (vars(architecture_of(x).config_from_hf(x)) for x in (said, made))
+        for field in {"vocab_size", "width", "max_length", "rope", "type_vocab", "norm_eps", "attention"} & want.keys():
+            assert got[field] == want[field], field
+        assert made["output_hidden_states"] is True
+
+
 def test_what_cannot_be_upcycled_says_so(bases, tmp_path):
-    opened(bases, "qwen3", upcycle=2, top_k=1).save(tmp_path / "sparse")
+    opened(bases, "qwen3", upcycle=2, top_k=1, layers=(1, 2)).save(tmp_path / "sparse")
+    assert "| experts | 2 in each of 2 layers; a token takes 1" in (tmp_path / "sparse" / "README.md").read_text()
+    usual = tiny_config(bases)
+    model = dataclasses.replace(usual.model, init=f"hf:{tmp_path / 'sparse'}", arch="auto", shape={})
+    first = MatryoshkaConfig(layers=(1,))
+    with pytest.raises(UserError, match=r"config\.matryoshka\.layers: 1: .* none of 1 layers is sparse"):
+        trainer.train(dataclasses.replace(usual, model=model, tokenizer="auto", matryoshka=first), tmp_path / "run")
+    bad = {
+        "teacher": TeacherConfig(model.init),
+        "loss": LossConfig(false_negatives="teacher"),
+        "mesh": MESHES["data 2, expert 4"],
+    }
+    with pytest.raises(UserError, match=r"config\.mesh\.expert = 4 does not divide the teacher's 2 experts"):
+        trainer.train(dataclasses.replace(usual, **bad), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match=r"config\.model\.experts\.upcycle = 2: config\.model\.init is sparse already"):
         opened(tmp_path, "sparse", upcycle=2, top_k=1)
-    with pytest.raises(UserError, match=r"config\.model\.experts\.kernel = 'blocks': hf:.* has no experts"):
+    with pytest.raises(UserError, match=r"config\.model\.experts\.kernel = 'blocks': the model has no experts"):
         opened(bases, "bert", kernel="blocks")
     with pytest.raises(UserError, match=r"config\.mesh\.expert = 4 does not divide the model's 2 experts"):
         opened(tmp_path, "sparse", mesh="data 2, expert 4")
@@ -147,15 +183,42 @@ def test_each_source_trains_its_own_expert(bases, tmp_path):
         dense = Embedder.load(str(tmp_path / f"expert{expert}"))
         assert dense.blueprint.architecture.model_type == "bert"
         np.testing.assert_allclose(dense.encode(TEXTS), served.encode(TEXTS), atol=1e-5)
+        card = (tmp_path / f"expert{expert}" / "README.md").read_text()
+        assert f"holds expert {expert} of 0 … 2" in card and ("are those of expert 1." in card) == (expert != 1)
     np.testing.assert_allclose(
         Embedder.load(str(tmp_path / "run" / "export")).encode(TEXTS), run.encode(TEXTS), atol=1e-5
     )
     apart = [Embedder.load(str(tmp_path / f"expert{i}")).encode(TEXTS) for i in range(3)]
     assert min(np.abs(a - b).max() for a, b in itertools.pairwise(apart)) > 1e-3
+    c.model.experts = config_lib.default_config().model.experts
+    c.model.init, again = f"run:{tmp_path / 'run'}", tmp_path / "again"
+    with pytest.raises(UserError, match=r"routing = 'token', but in run:.* texts' sources pick experts: set it to"):
+        open_source(config_lib.load(c), again)
+    c.model.experts.routing = "source"
+    assert open_source(config_lib.load(c), again)[0].experts.served == 1
+    c.data.train *= 2
+    with pytest.raises(UserError, match=r"config\.data\.train: 4 sources for the 3 experts of run:"):
+        open_source(config_lib.load(c), again)
     with pytest.raises(UserError, match="--expert=3: the model has experts 0 … 2"):
         Embedder.load(str(tmp_path / "run"), expert=3)
     with pytest.raises(UserError, match="--expert=0 is for models whose texts' sources pick the experts"):
         Embedder.load(str(bases / "bert"), expert=0)
+
+
+@pytest.mark.parametrize(("arch", "attention"), [("bert", "native"), ("llama", "bidirectional")])
+def test_the_expert_of_a_source_is_taken_out_of_a_sharded_model(bases, arch, attention):
+    """Bit for bit the dense model that it was made of; with what later runs said of attention and layers."""
+    every = 2 if arch == "bert" else 1
+    sparse = opened(bases, arch, "data 2, expert 4", upcycle=4, top_k=1, every=every, routing="source", served=3)
+    hf_config = sparse.blueprint.architecture.with_attention(sparse.blueprint.hf_config, (attention,))
+    later = dataclasses.replace(sparse.blueprint, hf_config=hf_config | {"output_hidden_states": True})
+    with jax.set_mesh(sparse.mesh):
+        dense, params = only_expert(later, sparse.params, 3)
+        found = jax.device_get(flatten(params))
+    want = jax.device_get(flatten(Embedder.load(f"{bases / arch}").params))
+    assert found.keys() == want.keys() and all(np.array_equal(found[path], want[path]) for path in want)
+    assert dense.architecture.model_type == arch and dense.backbone.attention == ("bidirectional",)
+    assert dense.hf_config["output_hidden_states"] is True
 
 
 def test_sources_reach_the_tokens_of_their_texts():

@@ -7,7 +7,8 @@ with trust_remote_code=True only; and `hidden_act`, which only transformers' own
 that without remote code it stops there.
 
 llama.cpp and vLLM read the hub's layout without that code, but know neither the fields that only we have (OURS) nor a
-table of positions, which an upcycled BERT may need, and read past moe_normalize_expert_weights. Where a folder must
+table of positions, which an upcycled BERT may need, and read past moe_normalize_expert_weights; llama.cpp leaves out
+the bias behind the experts too, and opens models of 2048 positions only. Where a folder must
 open in transformers without remote code, train a mixtral or qwen3_moe with config.model.attention = 'bidirectional'
 instead: these have classes there, and `is_causal: false`.
 

@@ -118,12 +118,17 @@ def write_peft(
       warning: from `caution`, for the README.
 
     Raises:
-      UserError: something is at `out`, or it cannot be written.
+      UserError: something is at `out`, or it cannot be written; peft would not take the adapters for what they are.
     """
     from safetensors.numpy import save_file
 
     config = architecture.config_from_hf(hf_config)
     rows = [row for row in architecture.rows(config) if _is_linear(row) and set(_paths(row)) <= set(lora.targets)]
+    if architecture.model_type == "qwen3_moe" and any(row.ours.startswith("mlps/") for row in rows):
+        raise UserError(
+            f"{out}: peft takes adapters to a qwen3_moe's dense MLPs for ones to its experts, and drops them without a "
+            "word: leave --adapter out, or train with config.model.lora.targets = 'self_attn'"
+        )
     ranks = {_pattern(row): lora.rank * len(row.parts) for row in rows if len(row.parts) > 1}
     said = {
         "peft_type": "LORA",

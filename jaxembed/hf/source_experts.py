@@ -11,6 +11,8 @@ from jaxembed.errors import UserError
 from jaxembed.models.layers.routing import ExpertsShape
 
 OURS = "jaxembed_source_experts"
+# Fields that a later run, which starts from such a model, may have changed: they hold for the dense model too.
+LATER = ("output_hidden_states", "max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters")
 
 
 def with_source_experts(sparse: Mapping[str, Any], dense: Mapping[str, Any], served: int) -> dict[str, Any]:
@@ -47,5 +49,5 @@ def serving(hf: Mapping[str, Any], expert: int, count: int) -> dict[str, Any]:
 
 
 def dense_config(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns config.json of the dense model that each expert makes."""
-    return dict(hf[OURS]["dense"])
+    """Returns config.json of the dense model that each expert makes; what its attention sees is not looked at."""
+    return {**hf[OURS]["dense"], **{field: hf[field] for field in LATER if field in hf}}

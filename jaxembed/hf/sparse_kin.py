@@ -89,6 +89,10 @@ def _from_nomic_bert(hf: Mapping[str, Any], experts: int, top_k: int, at: tuple[
     said = {"type_vocab_size": 2, "layer_norm_eps": 1e-12, **nomic_spelled(hf)}  # as config_from_hf takes them
     if ROPE.parameters(said, WHERE)["rope_type"] != "default":
         raise UserError(f"{WHERE}: a nomic_bert with scaled rotary positions has no sparse kin; leave these")
+    if said.get("head_dim") not in (None, said["hidden_size"] // said["num_attention_heads"]):
+        raise UserError(
+            f"{WHERE}: head_dim = {said['head_dim']!r}: its sparse kin has hidden_size / num_attention_heads"
+        )
     own = {
         "activation_function": "swiglu",
         "type_vocab_size": said["type_vocab_size"],

@@ -241,26 +241,45 @@ class Program:
 
     def _fusion_bytes(self, line: Instruction, lines: dict[str, Instruction], inner: dict[str, Instruction]) -> int:
         """Returns what a fusion reads and writes: of an array that it cuts from, the cut alone."""
-        users: dict[str, list[Instruction]] = {}
-        for user in inner.values():
-            for name in user.operands:
-                users.setdefault(name, []).append(user)
         total = 0
         for parameter in inner.values():
             if parameter.opcode == "parameter":
                 operand = lines[line.operands[int(parameter.rest)]].arrays[0]
-                if not operand.near:
-                    total += min(
-                        operand.bytes, sum(_read(parameter.name, user, inner) for user in users.get(parameter.name, []))
-                    )
-        root = next(user for user in inner.values() if user.root)
-        while root.opcode == "bitcast":
-            root = inner[root.operands[0]]
+                total += 0 if operand.near else min(operand.bytes, self._read(parameter.name, inner))
+        root, inner = self._written(next(user for user in inner.values() if user.root), inner)
         parts = [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]
         for array, part in zip(line.arrays, parts):
+            part, at = self._written(part, inner)
             cut = part.opcode == "dynamic-update-slice"
-            total += 0 if array.near else inner[part.operands[1]].arrays[0].bytes if cut else array.bytes
+            total += 0 if array.near else at[part.operands[1]].arrays[0].bytes if cut else array.bytes
         return total
+
+    def _read(self, name: str, inner: dict[str, Instruction]) -> int:
+        """Returns how many bytes of an array a fusion's instructions read, also those of fusions in it."""
+        total = 0
+        for user in inner.values():
+            for place in (i for i, operand in enumerate(user.operands) if operand == name):
+                if user.opcode == "fusion":
+                    called = self.computations[user.called("calls")]
+                    given = (x for x in called.values() if x.opcode == "parameter" and int(x.rest) == place)
+                    total += self._read(next(given).name, called)
+                elif user.opcode == "bitcast":
+                    total += self._read(user.name, inner)
+                elif user.opcode in ("dynamic-slice", "gather", "slice") and place == 0:
+                    total += user.arrays[0].bytes
+                elif user.opcode != "dynamic-update-slice" or place:  # written in place; the update counts as output
+                    total += inner[name].arrays[0].bytes
+        return total
+
+    def _written(self, line: Instruction, inner: dict[str, Instruction]) -> tuple[Instruction, dict[str, Instruction]]:
+        """Returns the instruction that makes what this one passes on, and the computation that it stands in."""
+        while line.opcode in ("bitcast", "fusion"):
+            if line.opcode == "bitcast":
+                line = inner[line.operands[0]]
+            else:
+                inner = self.computations[line.called("calls")]
+                line = next(x for x in inner.values() if x.root)
+        return line, inner
 
     def _collectives(self, name: str, count: int, started: bool = False) -> Iterator[Collective]:
         lines = self.computations[name]
@@ -352,15 +371,6 @@ def _bytes(line: Instruction, lines: dict[str, Instruction]) -> int:
             return 2 * sum(array.far_bytes for array in operands)
         case _:
             return out + sum(array.far_bytes for array in operands)
-
-
-def _read(name: str, user: Instruction, inner: dict[str, Instruction]) -> int:
-    """Returns how many bytes of a fusion's parameter one of its users reads."""
-    if user.opcode in ("dynamic-slice", "gather", "slice") and user.operands[0] == name:
-        return user.arrays[0].bytes
-    if user.opcode == "dynamic-update-slice" and user.operands[0] == name:
-        return 0  # written in place; the update counts as the fusion's output
-    return inner[name].arrays[0].bytes
 
 
 def _grouped(line: Instruction, arrays: Sequence[Array]) -> tuple[float, str, bool]:

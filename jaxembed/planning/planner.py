@@ -175,5 +175,7 @@ def _assumptions(
         "MFU counts the model's own operations on real tokens: no padding, no recomputation, no loss",
         "data, checkpoints and evaluation never hold a step up; what evaluation takes beside the state is not counted",
     ]
+    if any(p.program.even_loops for p in planned if p.program):
+        lines.append("tokens spread evenly over experts; where they do not, loops over them take more turns")
     loops = sum(p.program.uncounted_loops for p in planned if p.program)
     return lines + [f"{loops} loops whose length the program does not say count once"] * bool(loops)

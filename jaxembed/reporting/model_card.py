@@ -12,9 +12,11 @@ from absl import logging
 
 from jaxembed.errors import UserError
 from jaxembed.hf.hub import REPOSITORY
+from jaxembed.models.layers.routing import ExpertsShape
 from jaxembed.models.lora import is_adapter
-from jaxembed.models.options import ModelOptions
-from jaxembed.models.text_encoder import flatten, split
+from jaxembed.models.options import ModelOptions, per_layer
+from jaxembed.models.text_encoder import BACKBONE, flatten, split
+from jaxembed.models.transformer import SPARSE
 from jaxembed.reporting import curves
 from jaxembed.reporting.history import Scores
 from jaxembed.reporting.markdown import code, data_table, duration, score, settings_table, start_of, table
@@ -160,6 +162,7 @@ def _properties(embedder: "Embedder", record: RunRecord | None) -> str:
     rows = [
         ("architecture", f"`{blueprint.architecture.model_type}`, {backbone.layers} layers of width {backbone.width}"),
         ("parameters", f"{count:,}"),
+        *([("experts", _experts(embedder, blueprint.experts, count))] if blueprint.experts else []),
         *([("trained", _adapters(embedder, record))] if record and record.config.model.lora.rank else []),
         ("dimensions of a vector", blueprint.truncate_dim or embedder.width),
         ("pooling", pooling + "".join(f", then a linear layer to {n}" for n in (head.expansion, head.projection) if n)),
@@ -171,6 +174,16 @@ def _properties(embedder: "Embedder", record: RunRecord | None) -> str:
     default = f", `{blueprint.default_prompt_name}` where none is named" if blueprint.default_prompt_name else ""
     said = f"Put before a text{default}:\n\n{table(['prompt', 'text'], prompts, left=2)}" if prompts else "None.\n"
     return f"{table(['', ''], rows, left=2)}\n## Prompts\n\n{said}"
+
+
+def _experts(embedder: "Embedder", shape: ExpertsShape, count: int) -> str:
+    """Says how many experts there are, and how few parameters a token meets."""
+    backbone = embedder.blueprint.backbone
+    stacks = tuple(f"{BACKBONE}{SPARSE}/{name}/" for name in ("up", "gate", "down"))
+    each = sum(x.size for path, x in flatten(embedder.params).items() if path.startswith(stacks)) // shape.count
+    sparse = sum(per_layer(backbone.sparse, backbone.layers))
+    met = count - each * (shape.count - shape.top_k)
+    return f"{shape.count} in each of {sparse} layers; a token takes {shape.top_k}, and so {met:,} of the parameters"
 
 
 def _adapters(embedder: "Embedder", record: RunRecord) -> str:

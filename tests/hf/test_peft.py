@@ -189,6 +189,24 @@ def test_experts_and_routers_have_no_adapters():
             linear_layers(rows, pattern, "here")
 
 
+def test_what_peft_would_take_for_adapters_to_experts_is_refused(tmp_path):
+    """peft 0.21 maps the names `gate_proj`, `up_proj`, `down_proj` of a qwen3_moe to its experts, in whatever layer."""
+    arch, hf = ARCHITECTURES["qwen3_moe"], GROUPED | SPARSE | {"model_type": "qwen3_moe"}
+    lora = Lora(2, 1.0, 0.0, linear_layers(arch.rows(arch.config_from_hf(hf)), "mlp", "here"))
+    others = ("adapters", "base", "revision", "tokenizer", "max_length", "pooling", "pool_prompt", "normalize")
+    with pytest.raises(UserError, match=r"adapters to a qwen3_moe's dense MLPs .*targets = 'self_attn'"):
+        write_peft(
+            tmp_path / "out",
+            architecture=arch,
+            hf_config=hf,
+            lora=lora,
+            prompts={},
+            warning="",
+            **dict.fromkeys(others),
+        )
+    assert not (tmp_path / "out").exists()
+
+
 def trained_run(workdir, config):
     """A run's folder as training leaves it, its adapters and head of random numbers."""
     blueprint, _ = model_source.open_source(config, workdir)

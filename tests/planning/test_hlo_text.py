@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxembed.models.layers.blocks import evenly
 from jaxembed.planning.hlo import Program
 
 REPEATS, N = 5, 8
@@ -144,6 +145,86 @@ def test_attention_kernels():
     program = Program("\n".join(["ENTRY %m (a: f32[]) -> f32[] {", *lines, "}"]), 1, 256)
     product = 2 * 3 * 4 * 256 * 256 * 64
     assert [w.flops / product for w in program.work] == [0, 2, 3, 4, 0]
+
+
+def test_products_of_rows_sorted_by_expert():
+    # As XLA's compiler for TPUs writes them: what a kernel is to know of the groups, the products, and megablox's sums.
+    rows, experts, d, f = 640, 8, 256, 384
+    lines = [
+        f"  %x = bf16[{rows},{d}]{{1,0}} parameter(0)",
+        f"  %w = bf16[{experts},{d},{f}]{{2,1,0}} parameter(1)",
+        f"  %sizes = s32[{experts}]{{0}} parameter(2)",
+        "  %ragged-dot-metadata = (s32[9]{0}, s32[1]{0}) custom-call(%sizes), custom_call_target="
+        '"tpu_custom_call", metadata={op_name="ragged-dot-metadata"}',
+        "  %n = s32[1]{0} get-tuple-element(%ragged-dot-metadata), index=1",
+        f"  %ragged-dot-none.1 = f32[{rows},{f}]{{1,0}} custom-call(%n, %x, %w), custom_call_target="
+        '"tpu_custom_call", metadata={op_name="jit(f)/ragged_dot_general/ragged-dot-none"}',
+        f"  %xt = bf16[{d},{rows}]{{1,0}} parameter(3)",
+        f"  %dy = bf16[{rows},{f}]{{1,0}} parameter(4)",
+        f"  ROOT %sums = f32[{experts},{d},{f}]{{2,1,0}} custom-call(%n, %xt, %dy), custom_call_target="
+        '"tpu_custom_call", metadata={op_name="jit(f)/shard_map/jit(tgmm)/pallas_call"}',
+    ]
+    # A length of rows that is a width, too: these are no attention kernels.
+    program = Program("\n".join([f"ENTRY %m (a: bf16[{rows},{d}]) -> f32[] {{", *lines, "}"]), 1, d)
+    product = pytest.approx(2 * rows * d * f)
+    assert [(w.flops, w.batched) for w in program.work] == [(0, False), (product, False), (product, False)]
+    assert program.work[1].bytes == 2 * rows * d + 2 * experts * d * f + 4 * rows * f + 4
+
+
+def test_what_nested_fusions_cut_from_stacks():
+    # A layer's states are cut from a stack of all layers in a fusion within a fusion, and its output put into another.
+    text = """
+%cut (p.0: bf16[48,16,128], p.1: s32[]) -> bf16[16,128,1] {
+  %p.0 = bf16[48,16,128]{2,1,0} parameter(0)
+  %p.1 = s32[] parameter(1)
+  %z = s32[] constant(0)
+  %same = bf16[48,16,128]{2,1,0} bitcast(%p.0)
+  %ds = bf16[1,16,128]{2,1,0} dynamic-slice(%same, %p.1, %z, %z), dynamic_slice_sizes={1,16,128}
+  ROOT %flat = bf16[16,128,1]{1,0,2} bitcast(%ds)
+}
+
+%put (q.0: bf16[48,16,128], q.1: bf16[16,128,1], q.2: s32[]) -> bf16[48,16,128] {
+  %q.0 = bf16[48,16,128]{2,1,0} parameter(0)
+  %q.1 = bf16[16,128,1]{1,0,2} parameter(1)
+  %q.2 = s32[] parameter(2)
+  %y = s32[] constant(0)
+  %one = bf16[1,16,128]{2,1,0} bitcast(%q.1)
+  ROOT %dus = bf16[48,16,128]{2,1,0} dynamic-update-slice(%q.0, %one, %q.2, %y, %y)
+}
+
+%outer (r.0: bf16[48,16,128], r.1: s32[], r.2: bf16[48,16,128]) -> bf16[48,16,128] {
+  %r.0 = bf16[48,16,128]{2,1,0} parameter(0)
+  %r.1 = s32[] parameter(1)
+  %r.2 = bf16[48,16,128]{2,1,0} parameter(2)
+  %states = bf16[16,128,1]{1,0,2} fusion(%r.0, %r.1), kind=kLoop, calls=%cut
+  ROOT %all = bf16[48,16,128]{2,1,0} fusion(%r.2, %states, %r.1), kind=kLoop, calls=%put
+}
+
+ENTRY %main (a: bf16[48,16,128], i: s32[], b: bf16[48,16,128]) -> bf16[48,16,128] {
+  %a = bf16[48,16,128]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %b = bf16[48,16,128]{2,1,0} parameter(2)
+  ROOT %f = bf16[48,16,128]{2,1,0} fusion(%a, %i, %b), kind=kOutput, calls=%outer
+}
+"""
+    (work,) = Program(text, 1, 128).work
+    assert work.bytes == 2 * 16 * 128 * 2 + 4  # read, written; the index
+
+
+def test_loops_as_long_as_data_say():
+    def loop(n, x):
+        return jax.lax.fori_loop(0, n, lambda i, x: jnp.tanh(x @ x), x)
+
+    def said(n, x):
+        with evenly(3):
+            return loop(n, x)
+
+    x = jax.ShapeDtypeStruct((16, 16), np.float32)
+    n = jax.ShapeDtypeStruct((), np.int32)
+    for f, turns, uncounted, even in ((loop, 1, 1, 0), (said, 3, 0, 1)):
+        program = Program(jax.jit(f).lower(n, x).compile().as_text(), 1, 128)
+        assert sum(w.count * w.flops for w in program.work) == turns * 2 * 16**3
+        assert (program.uncounted_loops, program.even_loops) == (uncounted, even)
 
 
 @pytest.fixture(scope="module")

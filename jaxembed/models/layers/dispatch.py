@@ -54,6 +54,7 @@ def _apply_fwd(dispatch: "_Dispatch", *args: Any) -> tuple[jax.Array, Any]:
 
 
 def _apply_bwd(dispatch: "_Dispatch", saved: Any, dy_RxLxD: jax.Array) -> tuple[jax.Array, None, jax.Array, Kernels]:
+    # Where nobody trains the kernels, XLA leaves their gradients out, loops and collectives included.
     specs = _specs(saved[-1])
     in_specs, out_specs = (sharding.STATES,) * 4 + (specs,), (sharding.STATES, sharding.STATES, specs)
     f = jax.shard_map(dispatch.backward, in_specs=in_specs, out_specs=out_specs, check_vma=False)
@@ -144,8 +145,9 @@ class _Dispatch:
     def _by_token(self, items_NxD: jax.Array, slots_N: jax.Array, weights_TxK: jax.Array) -> jax.Array:
         """Sums items by token, weighted; float32 [T, D]."""
         if weights_TxK.shape[1] == self.per_token:  # all slots are here: gathered, they are summed in a fixed order
-            items = items_NxD[inverse(slots_N)].reshape(*weights_TxK.shape, -1)
-            return (items.astype(jnp.float32) * weights_TxK[..., None]).sum(1)
+            place_KxT = inverse(slots_N).reshape(weights_TxK.shape).T
+            # K leads: a TPU would lay out K by D in tiles of 8 by 128, for a small K most of them empty.
+            return (items_NxD[place_KxT].astype(jnp.float32) * weights_TxK.T[..., None]).sum(0)
         weighted = items_NxD.astype(jnp.float32) * weights_TxK.reshape(-1)[slots_N, None]
         return jnp.zeros((len(weights_TxK), items_NxD.shape[1])).at[slots_N // weights_TxK.shape[1]].add(weighted)
 

@@ -47,7 +47,7 @@ def forward(x_NxD: jax.Array, sizes_X: jax.Array, kernels: Kernels, activation: 
     Args:
       x_NxD: items, those of the first expert first. What lies beyond the sum of the sizes is void.
       sizes_X: int32, items of each expert.
-      kernels: in x's dtype. Products are summed in float32.
+      kernels: in x's dtype. Products are summed in float32 and rounded to that dtype, as those of dense layers are.
       activation: a key of `jaxembed.models.layers.mlp.ACTIVATIONS`.
       kernel: 'auto' | 'blocks' | 'ragged'.
 
@@ -86,18 +86,18 @@ def backward(
         products: OfOne | OfAll, kernels: Kernels, x: jax.Array, dy: jax.Array, weights: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], Kernels]:
         hidden, pull = jax.vjp(_activated(activation), *_into(products, kernels, x))
-        d_hidden = products.back(dy, kernels.down)  # as for a weight of 1: so it gives that of the weight, too
+        # As for a weight of 1: so it gives the gradient of the weight, too.
+        d_hidden = products.back(dy, kernels.down).astype(jnp.float32)
         d_weights = (d_hidden * hidden).sum(-1)
-        d_into = pull(d_hidden * weights[:, None])
-        d_up, *d_gate = (d.astype(x.dtype) for d in d_into)
-        d_x = products.back(d_up, kernels.up)
+        d_up, *d_gate = pull(d_hidden * weights[:, None])
+        d_x = products.back(d_up, kernels.up).astype(jnp.float32)
         if d_gate:
-            d_x += products.back(d_gate[0], kernels.gate)
+            d_x += products.back(d_gate[0], kernels.gate).astype(jnp.float32)
         d_kernels = Kernels(
             up=products.across(x, d_up),
             down=products.across(hidden.astype(x.dtype), (dy * weights[:, None]).astype(x.dtype)),
             gate=products.across(x, d_gate[0]) if d_gate else None,
-            up_bias=None if kernels.up_bias is None else products.summed(d_into[0]),
+            up_bias=None if kernels.up_bias is None else products.summed(d_up.astype(jnp.float32)),
         )
         return (d_x, d_weights), d_kernels
 
@@ -107,19 +107,20 @@ def backward(
 
 
 class OfOne:
-    """Products of the rows of one expert, whose kernels are [A, B], all in float32."""
+    """Products of the rows of one expert, whose kernels are [A, B]. Those with kernels are of the rows' dtype, which
+    is what they move through memory; sums over rows are float32."""
 
     def through(self, rows_NxA: jax.Array, kernel: jax.Array) -> jax.Array:
         """Rows times the kernel, [N, B]."""
-        return _dot(rows_NxA, kernel, 1, 0)
+        return _dot(rows_NxA, kernel, 1, 0, rows_NxA.dtype)
 
     def back(self, rows_NxB: jax.Array, kernel: jax.Array) -> jax.Array:
         """Rows times the transposed kernel, [N, A]."""
-        return _dot(rows_NxB, kernel, 1, 1)
+        return _dot(rows_NxB, kernel, 1, 1, rows_NxB.dtype)
 
     def across(self, rows_NxA: jax.Array, rows_NxB: jax.Array) -> jax.Array:
         """The kernel's gradient: transposed rows times rows."""
-        return _dot(rows_NxA, rows_NxB, 0, 0)
+        return _dot(rows_NxA, rows_NxB, 0, 0, jnp.float32)
 
     def of_rows(self, bias: jax.Array) -> jax.Array:
         """The bias [B], as it is added to rows."""
@@ -138,15 +139,15 @@ class OfAll:
     n_rows: int  # N, with void ones
 
     def through(self, rows_NxA: jax.Array, kernel: jax.Array) -> jax.Array:
-        return _ragged_dot(rows_NxA, kernel, self.sizes_X, 1, 1, [0])
+        return _ragged_dot(rows_NxA, kernel, self.sizes_X, 1, 1, rows_NxA.dtype)
 
     def back(self, rows_NxB: jax.Array, kernel: jax.Array) -> jax.Array:
-        return _ragged_dot(rows_NxB, kernel, self.sizes_X, 1, 2, [0])
+        return _ragged_dot(rows_NxB, kernel, self.sizes_X, 1, 2, rows_NxB.dtype)
 
     def across(self, rows_NxA: jax.Array, rows_NxB: jax.Array) -> jax.Array:
         if sharding.platform() == "tpu":
             return tiled_across(rows_NxA, rows_NxB, self.sizes_X)
-        return _ragged_dot(rows_NxA, rows_NxB, self.sizes_X, 0, 0, [])
+        return _ragged_dot(rows_NxA, rows_NxB, self.sizes_X, 0, 0, jnp.float32)
 
     @property
     def _experts(self) -> jax.Array:
@@ -171,19 +172,20 @@ def tiled_across(rows_NxA: jax.Array, rows_NxB: jax.Array, sizes_X: jax.Array, i
     return tgmm(rows_NxA.T, rows_NxB, sizes_X, jnp.float32, tiling, interpret=interpret)
 
 
-def _ragged_dot(a: jax.Array, b: jax.Array, sizes_X: jax.Array, of_a: int, of_b: int, groups: list[int]) -> jax.Array:
-    """Contracts a's dimension `of_a` with b's `of_b`. Rows of a are sorted by expert; `groups` are b's dimensions of
-    experts, if it has one."""
-    numbers = jax.lax.RaggedDotDimensionNumbers((((of_a,), (of_b,)), ((), ())), [0], groups)
-    return jax.lax.ragged_dot_general(a, b, sizes_X, numbers, preferred_element_type=jnp.float32)
+def _ragged_dot(
+    a: jax.Array, b: jax.Array, sizes_X: jax.Array, of_a: int, of_b: int, dtype: jax.typing.DTypeLike
+) -> jax.Array:
+    """Contracts a's dimension `of_a` with b's `of_b`. Rows of a are sorted by expert; b has kernels [X, …], or rows."""
+    numbers = jax.lax.RaggedDotDimensionNumbers((((of_a,), (of_b,)), ((), ())), [0], [0] if b.ndim == 3 else [])
+    return jax.lax.ragged_dot_general(a, b, sizes_X, numbers, preferred_element_type=dtype)
 
 
-def _dot(a: jax.Array, b: jax.Array, of_a: int, of_b: int) -> jax.Array:
-    return jax.lax.dot_general(a, b, (((of_a,), (of_b,)), ((), ())), preferred_element_type=jnp.float32)
+def _dot(a: jax.Array, b: jax.Array, of_a: int, of_b: int, dtype: jax.typing.DTypeLike) -> jax.Array:
+    return jax.lax.dot_general(a, b, (((of_a,), (of_b,)), ((), ())), preferred_element_type=dtype)
 
 
 def _into(products: OfOne | OfAll, kernels: Kernels, x: jax.Array) -> tuple[jax.Array, ...]:
-    """Returns what the activation takes, float32: (up,), or (up, gate)."""
+    """Returns what the activation takes: (up,), or (up, gate)."""
     up = products.through(x, kernels.up)
     if kernels.up_bias is not None:
         up += products.of_rows(kernels.up_bias)
@@ -191,9 +193,14 @@ def _into(products: OfOne | OfAll, kernels: Kernels, x: jax.Array) -> tuple[jax.
 
 
 def _activated(activation: str) -> Callable[..., jax.Array]:
-    """Returns the map of what `_into` returns to the hidden layer."""
+    """Returns the map of what `_into` returns to the hidden layer, float32."""
     f = ACTIVATIONS[activation]
-    return lambda up, *gate: f(gate[0]) * up if gate else f(up)
+
+    def hidden(up: jax.Array, *gate: jax.Array) -> jax.Array:
+        up = up.astype(jnp.float32)
+        return f(gate[0].astype(jnp.float32)) * up if gate else f(up)
+
+    return hidden
 
 
 def _computed(

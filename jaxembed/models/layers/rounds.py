@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxembed.models.layers.blocks import evenly
 from jaxembed.sharding import AXES
 
 Rows = tuple[jax.Array, ...]  # arrays [N, …]
@@ -73,7 +74,8 @@ def exchange(
         return number + 1, outputs, jax.tree.map(jnp.add, sums, more)
 
     state = jnp.int32(0), outputs, sums
-    return jax.lax.while_loop(lambda state: state[0] < n_rounds, one_round, state)[1:]
+    with evenly(1):
+        return jax.lax.while_loop(lambda state: state[0] < n_rounds, one_round, state)[1:]
 
 
 def inverse(order: jax.Array) -> jax.Array:
