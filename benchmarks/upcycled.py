@@ -25,7 +25,11 @@ TRAIN = ("captions_train", "quora_duplicates", "nli_triplets")
 STS, PAIRS = "sts/stsb-dev.jsonl.gz", "pairs/captions_val.jsonl.gz"
 LAST = 20  # steps over which loads are averaged
 KINDS = {
-    "dense": ["--config.model.experts.upcycle=0", "--config.model.experts.every=1"],
+    "dense": [
+        "--config.model.experts.upcycle=0",
+        "--config.model.experts.every=1",
+        "--config.optimizer.by_regex=()",
+    ],
     "8 experts, top 2, every 2nd layer": [],
 }
 

@@ -52,6 +52,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         c.model.init = "hf:sentence-transformers/all-MiniLM-L6-v2"
         c.loss.temperature = 0.05
         c.optimizer.warmup_steps = 30
+        c.optimizer.by_regex = (("experts/router", 10.0),)  # fresh weights, in a short run
         return c
     if arg == "tiny":
         c.epochs, c.steps, c.batch_size, c.grad_cache = 0.0, 6, 16, 2
@@ -59,7 +60,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         c.model.experts.upcycle, c.model.experts.every = 0, 1  # its shape has the experts
         c.model.shape = {
             "hidden_size": 32,
-            "num_hidden_layers": 4,
+            "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "intermediate_size": 48,
             "num_experts": 4,

@@ -1,9 +1,11 @@
 """The recipes for real checkpoints: every machine's config loads, and the tiny mode trains, exports and verifies."""
 
+import functools
 import importlib.util
 import math
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 from test_architectures import make
@@ -51,6 +53,8 @@ def test_every_machine_has_a_config(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_tiny_mode_trains_exports_and_verifies(name, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "_report", lambda *_: None)  # curves are slow to draw
+    on_one = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])  # as a laptop has it; faster to compile
+    monkeypatch.setattr(sharding, "make_mesh", on_one)
     rng = np.random.default_rng(0)
     rows = [{key: sentence(rng, 6, 6) for key in ("query", "positive", "negative")} for _ in range(40)]
     c = get_config(name)("tiny")

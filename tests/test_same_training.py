@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from jaxembed import config as config_lib
 from jaxembed.trainer import train
 
-STEPS, BATCH, TEMPERATURE, RATE, DECAY, CLIP, WARMUP = 20, 16, 0.05, 2e-5, 0.01, 1.0, 5
+STEPS, BATCH, TEMPERATURE, RATE, DECAY, CLIP, WARMUP = 12, 16, 0.05, 2e-5, 0.01, 1.0, 5
 
 
 @pytest.fixture(scope="module")

@@ -143,6 +143,9 @@ def test_only_the_named_shards_are_filled(plan):
     own = np.isin(np.arange(whole.rows.tokens.shape[1]) // info.rows_per_bin, (1, 3))
     for field in dataclasses.fields(whole.rows):
         a, b = getattr(whole.rows, field.name), getattr(part.rows, field.name)
+        if field.name == "source":  # the step fills it, where it is needed
+            assert a is None and b is None
+            continue
         np.testing.assert_array_equal(a[:, own], b[:, own])
         assert not b[:, ~own].any()
     jax.tree.map(np.testing.assert_array_equal, (whole.queries, whole.documents), (part.queries, part.documents))
