@@ -23,6 +23,7 @@ from rich.table import Table
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TRAIN = ("captions_train", "quora_duplicates", "nli_triplets")
 STS, PAIRS = "sts/stsb-dev.jsonl.gz", "pairs/captions_val.jsonl.gz"
+SCORES = ("eval/sts/stsb-dev", "eval/pairs/captions_val")
 LAST = 20  # steps over which loads are averaged
 KINDS = {
     "dense": [
@@ -49,6 +50,20 @@ def run(options: argparse.Namespace, data: pathlib.Path, kind: str, seed: int, w
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+def told(lines: list[dict]) -> list[str]:
+    """Returns what the table says of a run: scores, loss, loads, balance, speed."""
+    first, last, end = lines[0], lines[-1], lines[-LAST:]
+    scores = [f"{first[name]:.2f} → {last[name]:.2f}" for name in SCORES]
+    loads, balance = "", ""
+    if "router/load" in last:
+        layers = zip(*(line["router/load"] for line in end))
+        mean = [[statistics.mean(each) for each in zip(*layer)] for layer in layers]
+        loads = f"{min(map(min, mean)):.2f} … {max(map(max, mean)):.2f}"
+        balance = f"{statistics.mean(line['router/balance'] for line in end):.3f}"
+    speed = statistics.median(line["pairs_per_s"] for line in lines[5:] if "pairs_per_s" in line)
+    return [*scores, f"{statistics.mean(line['loss'] for line in end):.3f}", loads, balance, f"{speed:.0f}"]
+
+
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -58,34 +73,14 @@ def main() -> None:
     options = parser.parse_args()
     data = pathlib.Path(os.environ.get("JAXEMBED_DATA", ROOT.parent / "shared" / "data"))
     table = Table(title=f"{options.steps} steps of 128 pairs; jax {jax.__version__}, {platform.machine()}")
-    for column in (
-        "model",
-        "seed",
-        "STS-B dev 0 → end",
-        "captions nDCG@10 0 → end",
-        "loss",
-        "loads",
-        "balance",
-        "pairs/s",
-    ):
+    for column in ("model", "seed", "STS-B dev", "captions nDCG@10", "loss", "loads", "balance", "pairs/s"):
         table.add_column(column, justify="left" if column == "model" else "right")
     with tempfile.TemporaryDirectory() as folder:
         for seed in map(int, options.seeds.split(",")):
             for i, kind in enumerate(KINDS):
                 lines = run(options, data, kind, seed, pathlib.Path(folder) / f"{i}-{seed}")
-                first, last = lines[0], lines[-1]
-                scores = [f"{first[name]:.2f} → {last[name]:.2f}" for name in sorted(first) if name.startswith("eval/")]
-                end = lines[-LAST:]
-                loads, balance = "", ""
-                if "router/load" in last:
-                    layers = zip(*(line["router/load"] for line in end))
-                    mean = [[statistics.mean(each) for each in zip(*layer)] for layer in layers]
-                    loads = f"{min(map(min, mean)):.2f} … {max(map(max, mean)):.2f}"
-                    balance = f"{statistics.mean(line['router/balance'] for line in end):.3f}"
-                speed = statistics.median(line["pairs_per_s"] for line in lines[5:] if "pairs_per_s" in line)
-                loss = statistics.mean(line["loss"] for line in end)
-                table.add_row(kind, str(seed), *reversed(scores), f"{loss:.3f}", loads, balance, f"{speed:.0f}")
-                Console().print(table)
+                table.add_row(kind, str(seed), *told(lines))
+    Console().print(table)
 
 
 if __name__ == "__main__":
