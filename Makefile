@@ -69,6 +69,8 @@ bench: setup
 	$(BIN)/python -m benchmarks.plan_measured
 	$(BIN)/python -m benchmarks.loop_overhead
 	$(BIN)/python -m benchmarks.mteb_parity
+	$(BIN)/python -m benchmarks.expert_layer
+	$(BIN)/python -m benchmarks.upcycled
 	$(BIN)/python -m benchmarks.wrong_inputs
 
 clean:

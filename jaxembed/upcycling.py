@@ -18,9 +18,9 @@ from jaxembed.errors import UserError
 from jaxembed.hf.architectures import architecture_of
 from jaxembed.hf.source_experts import dense_config, with_source_experts
 from jaxembed.hf.sparse_kin import SPARSE_KIN
+from jaxembed.models.layers.parts import DENSE, LAYERS, SPARSE
 from jaxembed.models.options import ModelOptions, per_layer
 from jaxembed.models.text_encoder import BACKBONE, ModelFactory, Params, flatten, unflatten
-from jaxembed.models.transformer import DENSE, LAYERS, SPARSE
 
 Loader = Callable[[ModelFactory], Params]
 OUT_BIAS = "out/bias"  # of experts: behind all of them

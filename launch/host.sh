@@ -23,8 +23,9 @@ parse "$@"
 no_words
 if [[ ${option[stop]} == yes ]]; then
   running || { say "no run on this machine" && exit 0; }
+  said=$(wc -c <"$log") # before it is told: what it writes at once counts too
   kill -TERM "$(<"$log.pid")"
-  tail --pid="$(<"$log.pid")" -n 0 -F "$log"
+  tail --pid="$(<"$log.pid")" -c "+$((said + 1))" -F "$log"
   exit 0
 fi
 

@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxembed.models.layers.routing import ExpertsShape
+from jaxembed.models.layers.parts import DENSE, LAYERS, SPARSE
 from jaxembed.models.lora import Lora, is_adapter
 from jaxembed.models.modernbert import ModernBertConfig
-from jaxembed.models.nomic_bert import NomicBertConfig
 from jaxembed.models.options import per_layer
 from jaxembed.models.text_encoder import BACKBONE, ModelFactory, flatten
 from jaxembed.models.transformer import TransformerConfig
@@ -29,9 +28,9 @@ from jaxembed.models.transformer import TransformerConfig
 if TYPE_CHECKING:  # models/ knows nothing of where models come from
     from jaxembed.blueprint import Blueprint
 
-_LAYERS = f"{BACKBONE}layers/"
-_STACKS = tuple(f"{BACKBONE}{stack}/" for stack in ("layers", "mlps", "experts"))
-_EXPERTS = tuple(f"{BACKBONE}experts/{name}/kernel" for name in ("up", "down", "gate"))
+_LAYERS = f"{BACKBONE}{LAYERS}/"
+_STACKS = tuple(f"{BACKBONE}{stack}/" for stack in (LAYERS, DENSE, SPARSE))
+_EXPERTS = tuple(f"{BACKBONE}{SPARSE}/{name}/kernel" for name in ("up", "down", "gate"))
 _HEAD = ("expansion/kernel", "projection/kernel")
 
 
@@ -64,7 +63,7 @@ class StepFlops:
         """
         leaves = flatten(factory.abstract())
         kernels = {path: 2 * math.prod(x.shape) for path, x in leaves.items() if _is_kernel(path)}
-        if shape := _experts(blueprint.backbone):
+        if shape := blueprint.experts:
             taken = 1 if shape.by_source else shape.top_k
             kernels |= {path: kernels[path] // shape.count * taken for path in _EXPERTS if path in kernels}
         layers = sum(n for path, n in kernels.items() if path.startswith(_STACKS) and not is_adapter(path))
@@ -122,14 +121,6 @@ def pairs_seen(length: np.ndarray, causal: bool, reach: int) -> np.ndarray:
 
 def _is_kernel(path: str) -> bool:
     return path.endswith("/kernel") or is_adapter(path)
-
-
-def _experts(backbone: Any) -> ExpertsShape | None:
-    match backbone:
-        case TransformerConfig(experts=shape) | NomicBertConfig(experts=shape):
-            return shape
-        case _:
-            return None
 
 
 def _seen(backbone: Any) -> list[tuple[bool, int]]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from jaxembed.data.batch import Rows
@@ -20,12 +19,12 @@ from jaxembed.models.layers.dropout import Noise, dropout, layer_place
 from jaxembed.models.layers.experts import Experts
 from jaxembed.models.layers.linear import Embedding, LayerNorm
 from jaxembed.models.layers.mlp import Mlp
+from jaxembed.models.layers.parts import DENSE, SPARSE, feed, make_parts, parts_of_layers
 from jaxembed.models.layers.rope import RopeConfig, Tables, rope_tables
 from jaxembed.models.layers.routing import ExpertsShape, Routed
 from jaxembed.models.layers.self_attention import SelfAttention
 from jaxembed.models.layers.stack import apply_layers, finished
 from jaxembed.models.options import ModelOptions, TokenStates, per_layer
-from jaxembed.models.transformer import DENSE, LAYERS, SPARSE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,13 +131,10 @@ class Layer(nnx.Module):
         part: Mlp | Experts | None = None,
     ) -> tuple[jax.Array, Routed | None]:
         """Returns its output, and what its router did; `part` is its feed-forward part, where that lies elsewhere."""
-        place, rate, routed = layer_place(index), options.dropout, None
+        place, rate = layer_place(index), options.dropout
         attended = self.attention(x, rows, spec, noise, place, tables=tables)
         x = self.attention_norm(x + dropout(attended, rate, noise, place + 1))
-        if isinstance(part, Experts):
-            out, routed = part(x, rows, options.experts, noise, place)
-        else:
-            out = (part or self.mlp)(x, noise, place)
+        out, routed = feed(part or self.mlp, x, rows, options, noise, place)
         return self.mlp_norm(x + dropout(out, rate, noise, place + 2)), routed
 
 
@@ -160,13 +156,14 @@ class NomicBert(nnx.Module):
         self.embeddings = Embeddings(keys[0], config, dtype)
         self.layers = jax.vmap(lambda k: Layer(k, config, dtype))(jax.random.split(keys[1], config.layers))
         if config.experts is not None:
-            sparse = np.array(per_layer(config.sparse, config.layers))
-            of_part = jax.random.split(jax.random.fold_in(keys[1], 1), config.layers)
             stddevs = (config.initializer_range,) * 2
-            make = jax.vmap(lambda k: Experts(k, config.width, config.experts, stddevs, dtype))
-            self.experts = make(of_part[sparse])
-            if not sparse.all():
-                self.mlps = jax.vmap(lambda k: _mlp(k, config, dtype))(of_part[~sparse])
+            makers = {
+                SPARSE: lambda k: Experts(k, config.width, config.experts, stddevs, dtype),
+                DENSE: lambda k: _mlp(k, config, dtype),
+            }
+            names = parts_of_layers(config.experts, config.sparse, config.layers)
+            for name, stack in make_parts(jax.random.fold_in(keys[1], 1), names, makers).items():
+                setattr(self, name, stack)
         self.config = config
         self.options = options
 
@@ -205,12 +202,12 @@ class NomicBert(nnx.Module):
 
 def _kinds(config: NomicBertConfig, options: ModelOptions) -> list[Kind]:
     """Returns the kind of each layer."""
-    kinds = []
-    said = config.attention, config.sparse if config.experts else (False,)
-    for mode, sparse in zip(*(per_layer(values, config.layers) for values in said)):
-        spec = AttentionSpec(mode, kernel=options.attention_kernel, dropout=options.attention_dropout)
-        kinds.append(Kind(spec, LAYERS if config.experts is None else SPARSE if sparse else DENSE))
-    return kinds
+    modes, parts = (
+        per_layer(config.attention, config.layers),
+        parts_of_layers(config.experts, config.sparse, config.layers),
+    )
+    kernel, rate = options.attention_kernel, options.attention_dropout
+    return [Kind(AttentionSpec(mode, kernel=kernel, dropout=rate), part) for mode, part in zip(modes, parts)]
 
 
 def _mlp(key: jax.Array, c: NomicBertConfig, dtype: jnp.dtype) -> Mlp:

@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from jaxembed import sharding
@@ -26,6 +25,7 @@ from jaxembed.models.layers.dropout import Noise, dropout, layer_place
 from jaxembed.models.layers.experts import Experts
 from jaxembed.models.layers.linear import Dims, Embedding, Linear, RMSNorm
 from jaxembed.models.layers.mlp import Mlp
+from jaxembed.models.layers.parts import DENSE, SPARSE, feed, make_parts, parts_of_layers
 from jaxembed.models.layers.rope import RopeConfig, Tables, rope_tables, rotate
 from jaxembed.models.layers.routing import ExpertsShape, Routed
 from jaxembed.models.layers.stack import apply_layers, finished
@@ -109,11 +109,6 @@ class TransformerConfig:
         return -(-self.vocab_size // 128) * 128
 
 
-# The stacks of layers, by their names in the model.
-LAYERS = "layers"  # what all layers have
-DENSE, SPARSE = "mlps", "experts"  # the feed-forward parts, in models with sparse layers
-
-
 @dataclasses.dataclass(frozen=True)
 class Kind:
     """What is static about a layer.
@@ -194,14 +189,10 @@ class Layer(nnx.Module):
         part: Mlp | Experts | None = None,
     ) -> tuple[jax.Array, Routed | None]:
         """Returns its output, and what its router did; `part` is its feed-forward part, where that lies elsewhere."""
-        place, rate, routed = layer_place(index), options.dropout, None
+        place, rate = layer_place(index), options.dropout
         out = self.attention(self.attention_norm(x), rows, tables, spec, noise, place)
         x += dropout(self.attention_out_norm(out) if self.sandwich else out, rate, noise, place + 1)
-        normed = self.mlp_norm(x)
-        if isinstance(part, Experts):
-            out, routed = part(normed, rows, options.experts, noise, place)
-        else:
-            out = (part or self.mlp)(normed, noise, place)
+        out, routed = feed(part or self.mlp, self.mlp_norm(x), rows, options, noise, place)
         return x + dropout(self.mlp_out_norm(out) if self.sandwich else out, rate, noise, place + 2), routed
 
 
@@ -224,14 +215,14 @@ class Transformer(nnx.Module):
         self.layers = jax.vmap(lambda k: Layer(k, config, dtype))(jax.random.split(keys[1], config.layers))
         self.norm = _norm(config, config.width, dtype)
         if config.experts is not None:
-            sparse = per_layer(config.sparse, config.layers)
-            of_part = jax.random.split(jax.random.fold_in(keys[1], 1), config.layers)
             stddevs = (config.initializer_range,) * 2
-            self.experts = jax.vmap(lambda k: Experts(k, config.width, config.experts, stddevs, dtype))(
-                of_part[np.array(sparse)]
-            )
-            if not all(sparse):
-                self.mlps = jax.vmap(lambda k: _mlp(k, config, dtype))(of_part[~np.array(sparse)])
+            makers = {
+                SPARSE: lambda k: Experts(k, config.width, config.experts, stddevs, dtype),
+                DENSE: lambda k: _mlp(k, config, dtype),
+            }
+            names = parts_of_layers(config.experts, config.sparse, config.layers)
+            for name, stack in make_parts(jax.random.fold_in(keys[1], 1), names, makers).items():
+                setattr(self, name, stack)
         self.config = config
         self.options = options
 
@@ -262,7 +253,7 @@ class Transformer(nnx.Module):
 
         parts = None
         if config.experts is not None:
-            parts = {name: getattr(self, name) for name in (DENSE, SPARSE) if hasattr(self, name)}
+            parts = {name: getattr(self, name) for name in {kind.part for kind in kinds}}
         states = apply_layers(self.layers, x, kinds, apply, options, chosen, parts)
         return finished(states, chosen, config.layers, self.finish)
 
@@ -274,8 +265,9 @@ class Transformer(nnx.Module):
 def _kinds(config: TransformerConfig, options: ModelOptions, length: int) -> Sequence[Kind]:
     """Returns the kind of each layer, in rows of this length: a window that no text exceeds makes no difference."""
     kinds = []
-    said = config.attention, config.local, config.sparse if config.experts else (False,)
-    for mode, local, sparse in zip(*(per_layer(values, config.layers) for values in said)):
+    modes, locals_ = (per_layer(values, config.layers) for values in (config.attention, config.local))
+    parts = parts_of_layers(config.experts, config.sparse, config.layers)
+    for mode, local, part in zip(modes, locals_, parts):
         reach = config.window.bidirectional if mode == "bidirectional" else config.window.causal
         spec = AttentionSpec(
             mode=mode,
@@ -285,7 +277,6 @@ def _kinds(config: TransformerConfig, options: ModelOptions, length: int) -> Seq
             kernel=options.attention_kernel,
             dropout=options.attention_dropout,
         )
-        part = LAYERS if config.experts is None else SPARSE if sparse else DENSE
         kinds.append(Kind(spec.in_rows_of(length), config.local_rope if local else config.rope, part))
     return kinds
 

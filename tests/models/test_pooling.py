@@ -9,8 +9,7 @@ import pytest
 from tiny_models import MESHES, ONE, Packed, make_mesh, pack, put_rows, random_texts
 
 from jaxembed import sharding
-from jaxembed.models.pooling import MODES, pool
-from jaxembed.models.text_encoder import l2_normalize
+from jaxembed.models.pooling import MODES, l2_normalize, pool
 from jaxembed.sharding import STATES
 
 THEIR_MODES = {"mean": "mean", "cls": "cls", "last": "lasttoken", "weighted_mean": "weightedmean"}
