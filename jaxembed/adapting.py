@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from jaxembed.blueprint import Blueprint
-from jaxembed.config import AUTO, Config
+from jaxembed.config import AUTO, Config, ModelConfig
 from jaxembed.data.tokenizer import Tokenizer
 from jaxembed.errors import UserError
 from jaxembed.hf.attention_modes import portable
@@ -19,11 +19,16 @@ from jaxembed.stages import stages_of
 SIDES = ("query", "document")
 
 
+def require_arch(blueprint: Blueprint, c: ModelConfig) -> None:
+    """Raises UserError where the config names another architecture than the model has."""
+    found = blueprint.architecture.model_type
+    if c.arch not in (AUTO, found):
+        raise UserError(f"config.model.arch = {c.arch!r}, but {c.init} is a {found!r}: leave it 'auto'")
+
+
 def adapted(blueprint: Blueprint, c: Config) -> Blueprint:
     """Returns the blueprint with what the config asks for."""
     m, head, arch, hf_config = c.model, blueprint.head, blueprint.architecture, blueprint.hf_config
-    if m.arch not in (AUTO, arch.model_type):
-        raise UserError(f"config.model.arch = {m.arch!r}, but {m.init} is a {arch.model_type!r}: leave it 'auto'")
     if m.rope_scaling:
         hf_config = arch.with_rope_scaling(hf_config, m.rope_scaling)
     longest = dataclasses.replace(blueprint, hf_config=hf_config).longest
@@ -50,6 +55,11 @@ def adapted(blueprint: Blueprint, c: Config) -> Blueprint:
         require_cut(arch.cuts, tokenizer, arch.model_type)
     if not head.pool_prompt:
         _require_apart(tokenizer, blueprint.prompts | dict(c.prompts))
+    if head.pool_layers >= 0 and c.export and not arch.all_states:
+        raise UserError(
+            f"config.model.pool_layers = {head.pool_layers}: transformers gives other states of a {arch.model_type}'s "
+            "layers: leave it -1, or set config.export = False"
+        )
     if head.pool_layers >= 0:
         hf_config = hf_config | {"output_hidden_states": True}  # else sentence-transformers skips the mean of layers
     lengths = _lengths(c, tokenizer, blueprint.max_length, longest, arch.model_type)

@@ -46,6 +46,15 @@ class ExpertsConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SsmConfig:
+    """State-space layers (mamba, mamba2, falcon_mamba, bamba)."""
+
+    directions: str = "separate"  # of a model made 'bidirectional': weights of the backward mixers, or 'shared'
+    kernel: str = AUTO  # form of Mamba's scan: 'associative' | 'steps' (token by token); 'auto' = 'steps' on CPU
+    chunk: int = 0  # tokens in a chunk of the recurrence, which the backward pass recomputes; 0 = the usual number
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The encoder: where its weights come from, and how token states become one vector."""
 
@@ -62,6 +71,7 @@ class ModelConfig:
     template: str = ""  # 'prompt_eol', 'echo' or a text with {text} in it (twice: echo); '' = the text alone
     lora: LoraConfig = LoraConfig()
     experts: ExpertsConfig = ExpertsConfig()
+    ssm: SsmConfig = SsmConfig()
     moee: str = ""  # vectors of routing weights (MoEE): 'alone', 'concat' or 'sum' with the states'; '' = not used
     moee_weight: float = 1.0  # of the routing weights' similarity in 'sum'
     pool_prompt: bool = True  # False leaves the prompt's tokens out of the pooled vector
@@ -285,6 +295,8 @@ CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
+    "model.ssm.directions": ("separate", "shared"),
+    "model.ssm.kernel": (AUTO, "associative", "steps"),
     "model.attention_kernel": (AUTO, "xla", "pallas"),
     "model.experts.routing": ("token", "expert_choice", "source"),
     "model.experts.kernel": (AUTO, "blocks", "ragged"),

@@ -193,6 +193,7 @@ def _model(c: Config) -> None:
     if m.lora.rank:
         _lora(m)
     _experts(c)
+    _state_space(c)
     _no_idle_fields(m)
     require(m.latents >= 1, f"config.model.latents = {m.latents}: must be at least 1")
     require(m.latent_heads >= 1, f"config.model.latent_heads = {m.latent_heads}: must be at least 1")
@@ -223,6 +224,12 @@ def _no_idle_fields(m: ModelConfig) -> None:
         idle += [(f, getattr(m, f), getattr(usual, f), why) for f in ("latents", "latent_heads")]
     for name, value, default, why in idle:
         require(value == default, f"config.model.{name} = {value!r} is of no use with config.model.{why}")
+
+
+def _state_space(c: Config) -> None:
+    """State-space layers: how they are computed."""
+    chunk = c.model.ssm.chunk
+    require(chunk >= 0, f"config.model.ssm.chunk = {chunk}: tokens in a chunk, 0 for the usual number")
 
 
 def _experts(c: Config) -> None:

@@ -144,6 +144,11 @@ def export_adapter(spec: str, out: AnyPath) -> str:
         raise UserError(f"--adapter: the adapters of {workdir} stand on {model.init}, no folder: leave --adapter out")
     base, revision = base_of(where)
     own, _ = model_source.open_base(workdir, model.init)
+    if own.architecture != blueprint.architecture:
+        raise UserError(
+            f"--adapter: {workdir} has made a model that reads both ways of {model.init}, which its adapters do not "
+            "fit: leave --adapter out"
+        )
     warning = caution(blueprint.architecture, blueprint.hf_config, own.hf_config)
     with jax.set_mesh(sharding.make_mesh(MeshConfig())):
         leaves = flatten(model_source.load_trained(spec, blueprint, lora))
@@ -231,15 +236,24 @@ def _smaller(embedder: "Embedder", layers: int, dim: int) -> "Embedder":
 
 
 def _as_written(embedder: "Embedder", dtype: str) -> "Embedder":
-    """Returns the model as its folder will give it back: weights of that dtype, computed in float32."""
+    """Returns the model as its folder will give it back: weights of that dtype, a few exact, computed in float32."""
     import jax
     import jax.numpy as jnp
 
     from jaxembed.embedder import Embedder
+    from jaxembed.hf.table import leaves_of
     from jaxembed.models.options import ModelOptions
+    from jaxembed.models.text_encoder import BACKBONE, flatten, unflatten
 
+    blueprint = embedder.blueprint
+    exact = leaves_of([row for row in blueprint.architecture.rows(blueprint.backbone) if row.full_precision])
     with jax.set_mesh(embedder.mesh):
-        params = jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), embedder.params)
+        params = unflatten(
+            {
+                path: x.astype("float32" if path.removeprefix(BACKBONE) in exact else dtype).astype(jnp.float32)
+                for path, x in flatten(embedder.params).items()
+            }
+        )
     return Embedder(embedder.blueprint, embedder.blueprint.factory(ModelOptions()), params, embedder.mesh, embedder.run)
 
 

@@ -12,8 +12,9 @@ from collections.abc import Callable
 import jax
 
 from jaxembed import checkpoint, run_folder
-from jaxembed.adapting import adapted, require_fitting, tokenizer_spec
+from jaxembed.adapting import adapted, require_arch, require_fitting, tokenizer_spec
 from jaxembed.blueprint import FILE, FOLDER, Blueprint
+from jaxembed.both_ways import becomes_both_ways, both_ways_blueprint, both_ways_loader
 from jaxembed.config import Config, ExpertsConfig, LoraConfig, ModelConfig, RouterConfig, TeacherConfig
 from jaxembed.config_check import TRAINED
 from jaxembed.data.tokenizer import Tokenizer
@@ -27,6 +28,7 @@ from jaxembed.hf.loading import load_onto
 from jaxembed.hf.safetensors_io import open_tensors
 from jaxembed.hf.weights import backbone_leaves, head_leaves, unused_tensors
 from jaxembed.models.layers.routing import ExpertOptions
+from jaxembed.models.layers.ssm import SsmOptions
 from jaxembed.models.lora import Lora, is_adapter, merge
 from jaxembed.models.moee import with_moee
 from jaxembed.models.options import ModelOptions
@@ -51,7 +53,11 @@ def options(model: ModelConfig) -> ModelOptions:
     """Returns how the config wants the model computed."""
     said = {f.name: getattr(model, f.name) for f in dataclasses.fields(ModelOptions)}
     c = model.experts
-    return ModelOptions(**said | {"experts": ExpertOptions(c.routing == "expert_choice", c.kernel, c.capacity)})
+    parts = {
+        "experts": ExpertOptions(c.routing == "expert_choice", c.kernel, c.capacity),
+        "ssm": SsmOptions(model.ssm.kernel, model.ssm.chunk),
+    }
+    return ModelOptions(**said | parts)
 
 
 def open_source(c: Config, workdir: AnyPath) -> tuple[Blueprint, Loader]:
@@ -66,6 +72,10 @@ def open_source(c: Config, workdir: AnyPath) -> tuple[Blueprint, Loader]:
     """
     blueprint, load = _scratch(c, workdir) if c.model.init == "scratch" else _open(c.model.init)
     base = digest_of(c.model.init) if c.model.lora.rank else ""
+    require_arch(blueprint, c.model)
+    if becomes_both_ways(blueprint, c):
+        load = load if c.model.init == "scratch" else _with_head(both_ways_loader(blueprint, load))
+        blueprint = both_ways_blueprint(blueprint, c.model.ssm)
     blueprint = dataclasses.replace(adapted(blueprint, c), base=base)
     if c.model.experts.upcycle:
         load = sparse_loader(blueprint, load, c.model.experts, c.seed)
@@ -186,9 +196,12 @@ def open_run(spec: str) -> tuple[Blueprint, Loader]:
     checkpoint.find(spec)
     workdir = checkpoint.split(spec)[0]
     blueprint = Blueprint.load(workdir / FOLDER)
-    model = run_folder.read_config(workdir).model
+    config = run_folder.read_config(workdir)
+    model = config.model
     if model.lora.rank:
-        _, load_base = open_base(workdir, model.init)
+        base, load_base = open_base(workdir, model.init)
+        if becomes_both_ways(base, config):
+            load_base = both_ways_loader(base, load_base)
         return blueprint, lambda factory: _load_merged(spec, blueprint, model.lora, load_base, factory)
 
     def load(factory: ModelFactory) -> Params:
@@ -280,6 +293,11 @@ def _completed(params: Params, factory: ModelFactory) -> Params:
     missing = flatten(factory.abstract()).keys() - flatten(params).keys()
     fresh = jax.jit(lambda: {path: x for path, x in flatten(factory.fresh()).items() if path in missing})
     return join(params, unflatten(fresh())) if missing else params
+
+
+def _with_head(load: Loader) -> Loader:
+    """Returns a loader that also makes what `load` leaves out: adapters, parts of the head."""
+    return lambda factory: _completed(load(factory), factory)
 
 
 def _scratch(c: Config, workdir: AnyPath) -> tuple[Blueprint, Loader]:

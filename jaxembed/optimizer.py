@@ -18,7 +18,8 @@ from jaxembed.models.text_encoder import Params, flatten
 # These want more than gradients and a schedule: the loss, its curvature, gradients per example, a fixed rate.
 UNSERVED = ("lbfgs", "momo", "momo_adam", "sophia", "dpsgd", "optimistic_adam", "rprop", "sm3")
 MASKS = ("mask", "weight_decay_mask")  # what optax's functions call the choice of what is decayed
-NOT_DECAYED = re.compile(r"(^|/)(bias|scale|log_temperature)$")  # norms, biases, the temperature
+# Norms, biases, the temperature; of state-space layers also the decays, step sizes and what goes by the states.
+NOT_DECAYED = re.compile(r"(^|/)(bias|scale|log_temperature|a_log|step_bias|skip)$")
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

@@ -47,7 +47,6 @@ def verify(folder: pathlib.Path) -> dict[str, float]:
 
     from jaxembed.embedder import Embedder
     from jaxembed.hf.files import read_json
-    from jaxembed.hf.nomic_moe import AUTO_MAP
 
     if not (folder / FINGERPRINT).is_file():
         raise UserError(f"{folder}: no {FINGERPRINT} in it, so nothing to verify it against")
@@ -60,9 +59,9 @@ def verify(folder: pathlib.Path) -> dict[str, float]:
         embedder = Embedder.load(folder)
         differences = {"jax": _difference(embedder.encode(texts), vectors)}
     code = read_json(folder / "config.json").get("auto_map")  # where the class is, if not in transformers
-    if code == AUTO_MAP and not _only_ours(folder):
+    if code in _our_auto_maps() and not _only_ours(folder):
         raise UserError(f"{folder}: its config.json leads to code that jaxembed did not write, and which is not run")
-    if importlib.util.find_spec("sentence_transformers") and code in (None, AUTO_MAP):
+    if importlib.util.find_spec("sentence_transformers") and code in (None, *_our_auto_maps()):
         differences |= _verify_in_torch(folder, texts, vectors, embedder.blueprint.backbone.attention)
     wrong = {name: value for name, value in differences.items() if not value <= TOLERANCE}
     if wrong:
@@ -98,12 +97,19 @@ def _verify_in_torch(
     return {"sentence_transformers": _difference(together, vectors), "padded": _difference(together, alone)}
 
 
+def _our_auto_maps() -> list[dict[str, str]]:
+    """What `auto_map` says where it leads to a class of ours in the same folder."""
+    from jaxembed.hf import mamba, nomic_moe
+
+    return [nomic_moe.AUTO_MAP, *mamba.AUTO_MAPS.values()]
+
+
 def _only_ours(folder: pathlib.Path) -> bool:
     """Whether there is code in the folder, all of it what our writer puts there, so that it may run.
 
     An `auto_map` that is not our own could name code that lies elsewhere, a link could lead to it.
     """
-    from jaxembed.hf import nomic_moe
+    from jaxembed.hf import mamba, nomic_moe
     from jaxembed.hf.writer import LATENT_CODE
 
     files = list(folder.rglob("*"))
@@ -111,11 +117,11 @@ def _only_ours(folder: pathlib.Path) -> bool:
         return False
     content = {path: json.loads(path.read_bytes()) for path in files if path.suffix == ".json"}
     config = content.get(folder / "config.json", {})
-    if config.get("auto_map") == nomic_moe.AUTO_MAP:
+    if config.get("auto_map") in _our_auto_maps():
         del config["auto_map"]
     if any(map(_maps_code, content.values())):
         return False
-    ours = {code.name: code.read_bytes() for code in (LATENT_CODE, nomic_moe.CODE)}
+    ours = {code.name: code.read_bytes() for code in (LATENT_CODE, nomic_moe.CODE, mamba.CODE)}
     codes = [path for path in files if path.suffix == ".py"]
     return bool(codes) and all(path.read_bytes() == ours.get(path.name) for path in codes)
 

@@ -6,8 +6,14 @@ from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-# Most of the tests' time goes into compiling programs that run once: LLVM need not make them fast (a third less time).
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+# Most of the tests' time goes into compiling programs that run once: they need not be fast. LLVM's optimizations were a third
+# of that time, kernels made by way of MLIR another third, and with them splitting modules for threads that are not there.
+FLAGS = (
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
+)
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 
 import jax
 import pytest

@@ -32,6 +32,8 @@ COMMON = {
     "max_position_embeddings": 64,
 }
 T5 = {"d_model": 32, "num_layers": 2, "num_heads": 4, "d_kv": 6, "d_ff": 48, "n_positions": 64}
+SSM = {"hidden_size": 32, "num_hidden_layers": 1, "state_size": 4}
+SSM2 = SSM | {"head_dim": 8, "n_groups": 2}
 SHAPES = {
     "t5": T5,
     "mt5": T5 | {"feed_forward_proj": "gated-gelu"},
@@ -46,8 +48,13 @@ SHAPES = {
     "qwen3_moe": COMMON
     | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 2},
     "olmoe": COMMON | {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True},
+    **dict.fromkeys(("mamba", "falcon_mamba", "bimamba", "bifalcon_mamba"), SSM),
+    "mamba2": SSM2,
+    "bimamba2": SSM2 | {"shared_directions": True},
+    "bamba": COMMON
+    | {"num_hidden_layers": 2, "num_key_value_heads": 2, "mamba_d_state": 4, "mamba_d_head": 8, "mamba_n_groups": 2},
 }
-SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")  # whose causal states tests/models compares
+SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "bamba")  # whose causal states tests/models compares
 CASES = [
     (name, mode)
     for name, arch in ARCHITECTURES.items()
@@ -106,6 +113,8 @@ def make(model_type: str, mode: str, tokenizers, mesh, **model) -> Embedder:
     c.steps, c.data.train[0].path, c.tokenizer = 1, "none.jsonl", f"file:{tokenizer}"
     c.model.arch, c.model.shape, c.model.attention = model_type, SHAPES.get(model_type, COMMON), mode
     c.model.update(model)
+    if not ARCHITECTURES[model_type].bounded:
+        c.data.max_length.query = c.data.max_length.document = 32
     blueprint, _ = model_source.open_source(config_lib.load(c), tokenizer.parent)
     factory = blueprint.factory(ModelOptions())
     with jax.set_mesh(mesh):

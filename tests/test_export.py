@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from test_embedder import make
-from tiny_run import sentence, tiny_config, write_pairs
+from tiny_run import sentence, tiny_config, train_on, write_pairs
 
 from jaxembed import sharding
 from jaxembed.config import MeshConfig
 from jaxembed.embedder import Embedder
 from jaxembed.errors import UserError
 from jaxembed.models.pooling import MODES
-from jaxembed.trainer import train
 from jaxembed.verification import FINGERPRINT, TEXTS, TOLERANCE, verify
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
@@ -81,7 +80,7 @@ def tuned(minilm_dir, tmp_path_factory):
         prompts=PROMPTS,
         data__train=({"path": str(write_pairs(folder / "pairs.jsonl", 40, 1))},),
     )
-    train(config, folder / "run")
+    train_on(1, config, folder / "run")
     return folder / "run"
 
 
@@ -180,7 +179,7 @@ def test_a_broken_fingerprint_is_named(good, tmp_path):
 
 def test_the_command_exports_a_run_and_refuses_to_replace_other_folders(folder, tmp_path):
     config = tiny_config(folder, steps=2, data__train=({"path": str(write_pairs(folder / "pairs.jsonl", 80, 1))},))
-    train(config, folder / "run")
+    train_on(1, config, folder / "run")
 
     def command(*arguments):
         run = [sys.executable, "-m", "jaxembed.export", *arguments]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_models
 from test_embedder import make
-from tiny_run import SHAPE, sentence, tiny_config, write_pairs
+from tiny_run import SHAPE, sentence, tiny_config, train_on, write_pairs
 
 from jaxembed import sharding, similarity
 from jaxembed.config import MatryoshkaConfig, MeshConfig
@@ -17,7 +17,6 @@ from jaxembed.embedder import Embedder
 from jaxembed.errors import UserError
 from jaxembed.export import _with_widths, export_model
 from jaxembed.losses.objective import sizes_of
-from jaxembed.trainer import train
 from jaxembed.verification import verify
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
@@ -108,9 +107,8 @@ SOURCE = {"model__shape": DEEP, "batch_size": 8, "matryoshka__dims": (16, 8), "m
 
 
 def test_the_command_writes_the_sizes_that_were_trained(folder, mesh, texts, monkeypatch):
-    monkeypatch.setattr(sharding, "make_mesh", lambda config: mesh)  # one device: the quickest to compile
     pairs = ({"path": str(write_pairs(folder / "pairs.jsonl", 40, 1))},)
-    train(tiny_config(folder, steps=2, data__train=pairs, **SOURCE, matryoshka__pairs="zip"), folder / "run")
+    train_on(1, tiny_config(folder, steps=2, data__train=pairs, **SOURCE, matryoshka__pairs="zip"), folder / "run")
     command = [sys.executable, "-m", "jaxembed.export", f"--workdir={folder}/run", f"--out={folder}/small"]
     result = subprocess.run([*command, "--layers=1", "--dim=8"], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
@@ -145,5 +143,5 @@ def test_widths_are_those_trained_at_the_depth():
 def test_sizes_that_the_model_does_not_have(folder, changes, message):
     pairs = ({"path": str(write_pairs(folder / "pairs.jsonl", 40, 1))},)
     with pytest.raises(UserError, match=message):
-        train(tiny_config(folder, data__train=pairs, **SOURCE | changes), folder / "wrong")
+        train_on(1, tiny_config(folder, data__train=pairs, **SOURCE | changes), folder / "wrong")
     assert not (folder / "wrong").exists()

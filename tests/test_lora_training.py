@@ -12,8 +12,8 @@ import orbax.checkpoint as ocp
 import pytest
 from test_embedder import make
 from test_step import assert_near, host
-from test_trainer import assert_same_bits, repeatable, saved, train_on
-from tiny_run import SHAPE, sentence, tiny_config, write_lines, write_pairs
+from test_trainer import assert_same_bits, repeatable, saved
+from tiny_run import SHAPE, sentence, tiny_config, train_on, write_lines, write_pairs
 
 from jaxembed import model_source, sharding
 from jaxembed.checkpoint import find

@@ -25,6 +25,9 @@ NAMES = (
     "t5_encoder",
     "nomic_moe",
     "qwen3_30b_a3b",
+    "mamba_retriever_130m",
+    "mamba2_long",
+    "bimamba",
 )
 STEPS = 2
 

@@ -5,13 +5,13 @@ import pathlib
 
 import pytest
 from conftest import ROOT
+from tiny_run import train_on
 
 from jaxembed import config as config_lib
 from jaxembed.data.tokenizer import Tokenizer
 from jaxembed.datasets.installed_packages import Package
 from jaxembed.datasets.py_docstrings import PyDocstrings, PyDocstringsConfig
 from jaxembed.metrics import read_metrics
-from jaxembed.trainer import train
 
 COLOURS = ("red", "green", "blue", "grey", "brown", "pink", "white", "black", "orange", "purple")
 THINGS = ("house", "river", "lamp", "table", "bird", "stone", "cloud", "ship", "road", "letter", "tree", "wheel")
@@ -54,7 +54,7 @@ def test_quickstart_trains_evaluates_and_exports(prepared, tmp_path):
     c.data.train[0].name, c.data.train[0].path, c.data.train[0].split = "", str(prepared), "train"
     c.eval.pairs = (f"tfds:{prepared}:train",)  # held-out ones are too few here to be told apart
     c.data.cache_dir = str(tmp_path / "cache")
-    train(config_lib.load(c), tmp_path / "run")
+    train_on(2, config_lib.load(c), tmp_path / "run", pictures=True)
     lines = read_metrics(tmp_path / "run")
     (task,) = {name for line in lines for name in line if name.startswith("eval/pairs/") and name.count("/") == 2}
     scores = [line[task] for line in lines if task in line]

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from tiny_run import train_on
 
 from jaxembed import config as config_lib
-from jaxembed.trainer import train
 
-STEPS, BATCH, TEMPERATURE, RATE, DECAY, CLIP, WARMUP = 12, 16, 0.05, 2e-5, 0.01, 1.0, 5
+STEPS, BATCH, TEMPERATURE, RATE, DECAY, CLIP, WARMUP = 8, 16, 0.05, 2e-5, 0.01, 1.0, 3
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def run(pairs, minilm_dir, tmp_path_factory):
     c.optimizer.learning_rate, c.optimizer.weight_decay, c.optimizer.clip_norm = RATE, DECAY, CLIP
     c.optimizer.warmup_steps = WARMUP
     workdir = tmp_path_factory.mktemp("run")
-    train(config_lib.load(c), workdir)
+    train_on(2, config_lib.load(c), workdir)
     losses = [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return workdir, losses
 

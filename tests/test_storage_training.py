@@ -12,10 +12,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from store_server import other_machine, serving
-from tiny_run import sentence, tiny_config, write_lines, write_pairs
+from tiny_run import sentence, tiny_config, train_on, write_lines, write_pairs
 
 from jaxembed import config as config_lib
-from jaxembed import run_folder, sharding
+from jaxembed import run_folder
 from jaxembed.checkpoint import FOLDER, Checkpoints, find
 from jaxembed.checkpoint_mirror import COMPLETE, complete_steps
 from jaxembed.embedder import Embedder
@@ -24,7 +24,6 @@ from jaxembed.export import export_model
 from jaxembed.metrics import read_metrics
 from jaxembed.observing import fields
 from jaxembed.storage import local, path_of, sizes
-from jaxembed.trainer import train
 
 TESTS = pathlib.Path(__file__).resolve().parent
 TEXTS = ["kalo miru", "seto vuni pa"]
@@ -40,11 +39,7 @@ test_storage_training.train_on_one(config.load(json.load(open(sys.argv[2]))), sy
 
 
 def train_on_one(config: config_lib.Config, workdir: str) -> None:
-    """Trains on the first device only, which compiles fast."""
-    make_mesh = sharding.make_mesh
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
-        train(config, path_of(workdir))
+    train_on(1, config, path_of(workdir))
 
 
 @pytest.fixture(scope="module")

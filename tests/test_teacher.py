@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 from test_embedder import changed, make
-from test_trainer import assert_same_bits, repeatable, saved, train_on
-from tiny_run import SHAPE, WORDS, tiny_config, write_tokenizer
+from test_trainer import assert_same_bits, repeatable, saved
+from tiny_run import SHAPE, WORDS, tiny_config, train_on, write_tokenizer
 
 from jaxembed import model_source, sharding
 from jaxembed.config import Config, MeshConfig, TeacherConfig

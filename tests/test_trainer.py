@@ -10,17 +10,15 @@ import signal
 import subprocess
 import sys
 import time
-from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file
-from tiny_run import sentence, tiny_config, write_lines, write_pairs
+from tiny_run import sentence, tiny_config, train_on, write_lines, write_pairs
 
 from jaxembed import config as config_lib
-from jaxembed import sharding
 from jaxembed.checkpoint import find
 from jaxembed.errors import TrainingStopped, UserError
 from jaxembed.metrics import read_metrics
@@ -34,14 +32,6 @@ STEPS, SAVED_EVERY = 24, 3
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("trainer")
-
-
-def train_on(devices: int, config: config_lib.Config, workdir: pathlib.Path, **options: Any) -> dict:
-    """Trains on the first of the virtual devices: the fewer, the quicker to compile."""
-    make_mesh = sharding.make_mesh
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda config: make_mesh(config, jax.devices()[:devices]))
-        return train(config, workdir, **options)
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,18 @@
 import itertools
 import json
 import pathlib
+from typing import Any
 
+import jax
 import numpy as np
+import pytest
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from jaxembed import config as config_lib
+from jaxembed import sharding, trainer
+from jaxembed.reporting import curves
+from jaxembed.storage import AnyPath
 
 SYLLABLES = ("ka", "lo", "mi", "ru", "se", "to", "vu", "ni", "pa")
 WORDS = [first + second for first, second in itertools.product(SYLLABLES, repeat=2)]
@@ -95,3 +101,16 @@ def tiny_config(folder: pathlib.Path, **changes: object) -> config_lib.Config:
             node = node[parent]
         node[leaf] = value
     return config_lib.load(values)
+
+
+def train_on(devices: int, config: config_lib.Config, workdir: AnyPath, pictures: bool = False, **options: Any) -> dict:
+    """Trains on the first of the virtual devices: the fewer, the quicker to compile.
+
+    Without `pictures` the curves of the report and of the card are no picture: to draw them takes longer than many a run.
+    """
+    make_mesh = sharding.make_mesh
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", lambda config: make_mesh(config, jax.devices()[:devices]))
+        if not pictures:
+            patch.setattr(curves, "render", lambda title, fill: b"no picture")
+        return trainer.train(config, workdir, **options)

@@ -11,13 +11,27 @@ import numpy as np
 
 from jaxembed.config import nearest
 from jaxembed.errors import UserError
-from jaxembed.hf import bert, decoders, jina_bert, modernbert, mpnet, nomic_bert, nomic_moe, sparse_decoders, t5
+from jaxembed.hf import (
+    bamba,
+    bert,
+    decoders,
+    jina_bert,
+    mamba,
+    modernbert,
+    mpnet,
+    nomic_bert,
+    nomic_moe,
+    sparse_decoders,
+    t5,
+)
 from jaxembed.hf.attention_modes import OURS, with_modes
 from jaxembed.hf.rope import RopeWords
 from jaxembed.hf.table import Row, Shape
 from jaxembed.hf.word_rules import Cuts, qwen_words
 from jaxembed.models.bert import Bert
+from jaxembed.models.hybrid import Hybrid
 from jaxembed.models.layers.attention import MODES
+from jaxembed.models.mamba import Mamba
 from jaxembed.models.modernbert import ModernBert
 from jaxembed.models.nomic_bert import NomicBert
 from jaxembed.models.t5 import T5
@@ -49,6 +63,7 @@ class Architecture:
       ignored: patterns of names that an embedding model has no use for.
       renames: (regex, replacement) from older names.
       transformers: the first version whose `hf_class` gives this model.
+      requires: config.json → a version that it needs beside that one, '' for none.
       bounded: whether no text may be longer than the config's `max_length`; else that is only what is usual.
       cuts: how transformers cuts texts into words, where it does not follow tokenizer.json.
       rope: how config.json speaks of rotary positions; None where there are none that could be scaled.
@@ -56,6 +71,9 @@ class Architecture:
       unpacked: a checkpoint's tensors, by name → the same where some hold what is several tensors in the table: views.
       depth: the field of config.json that says how many layers there are.
       code: a file of ours that folders hold, with the class that opens them; None where that is in transformers.
+      elsewhere: of a folder with `code`, what programs but transformers make of it: a sentence.
+      all_states: whether `hf_class` gives the states of the embeddings, of every layer, and the last ones normed: what
+        sentence-transformers makes a mean of layers of.
     """
 
     model_type: str
@@ -71,6 +89,7 @@ class Architecture:
     ignored: tuple[str, ...]
     renames: tuple[tuple[str, str], ...] = ()
     transformers: str = ANY_TRANSFORMERS
+    requires: Callable[[Mapping[str, Any]], str] = lambda hf: ""
     cuts: Cuts | None = None
     bounded: bool = True
     rope: RopeWords | None = None
@@ -78,6 +97,8 @@ class Architecture:
     unpacked: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] = dict
     depth: str = "num_hidden_layers"
     code: pathlib.Path | None = None
+    elsewhere: str = ""
+    all_states: bool = True
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -180,6 +201,44 @@ def _decoder(family: decoders.Family) -> Architecture:
     )
 
 
+def _mamba(model_type: str, since: str) -> Architecture:
+    """A state-space model; of the kinds that read both ways the class is ours."""
+    both_ways = model_type in mamba.KIN
+    return Architecture(
+        model_type=model_type,
+        hf_class=f"Bi{mamba.CLASSES[mamba.KIN[model_type]]}Model" if both_ways else f"{mamba.CLASSES[model_type]}Model",
+        backbone=Mamba,
+        attention={"bidirectional" if both_ways else "causal": {}},
+        fixed_attention=True,
+        config_from_hf=functools.partial(mamba.config_from_hf, model_type),
+        fresh_hf_config=functools.partial(mamba.fresh_hf_config, model_type),
+        rows=mamba.rows,
+        unused=lambda config: {},
+        prefixes=("", "backbone."),
+        ignored=mamba.IGNORED,
+        renames=mamba.RENAMES,
+        transformers=since,
+        requires=mamba.requires,
+        bounded=False,
+        spelled=mamba.spelled,
+        code=mamba.CODE if both_ways else None,
+        elsewhere=mamba.ELSEWHERE if both_ways else "",
+        all_states=False,
+    )
+
+
+def _bamba() -> Architecture:
+    return dataclasses.replace(
+        _decoder(bamba.FAMILY),
+        backbone=Hybrid,
+        config_from_hf=bamba.config_from_hf,
+        fresh_hf_config=bamba.fresh_hf_config,
+        rows=bamba.rows,
+        requires=mamba.requires,
+        spelled=bamba.spelled,
+    )
+
+
 ARCHITECTURES: dict[str, Architecture] = {
     entry.model_type: entry
     for entry in (
@@ -229,6 +288,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             spelled=nomic_moe.spelled,
             depth="n_layer",
             code=nomic_moe.CODE,
+            elsewhere=nomic_moe.ELSEWHERE,
         ),
         _encoder(
             "modernbert",
@@ -240,6 +300,11 @@ ARCHITECTURES: dict[str, Architecture] = {
             transformers="4.48.0",
         ),
         *map(_decoder, decoders.FAMILIES.values()),
+        _bamba(),
+        _mamba("mamba", "4.39.0"),
+        _mamba("mamba2", "4.44.0"),
+        _mamba("falcon_mamba", "4.45.0"),
+        *(_mamba(model_type, "5.0.0") for model_type in mamba.KIN),
     )
 }
 
@@ -263,6 +328,8 @@ def architecture_of(hf_config: Mapping[str, Any], where: str = "config.json") ->
       UserError: it is not known.
     """
     name = hf_config.get("model_type")
+    if mamba.is_original(hf_config):
+        raise UserError(f"{where}: state-spaces' own format is not read; take what is made for transformers, NAME-hf")
     if jina_bert.is_jina_bert(hf_config):
         name = "jina_bert"
     elif nomic_moe.is_nomic_moe(hf_config):

@@ -133,6 +133,9 @@ def read_folder(path: pathlib.Path) -> Folder:
     pooling, pool_prompt = _bare_pooling(hf_config), True
     if "Pooling" in modules:
         pooling, pool_prompt = _read_pooling(modules["Pooling"])
+    if "WeightedLayerPooling" in modules and not arch.all_states:
+        file = modules["WeightedLayerPooling"] / "config.json"
+        raise UserError(f"{file}: a mean of layers is not supported of a {arch.model_type}, whose states differ there")
     latent = _read_latent(modules["LatentAttention"], config.width) if "LatentAttention" in modules else None
     if latent and pooling != "mean":
         raise UserError(f"{modules['Pooling'] / 'config.json'}: latent attention with pooling other than the mean")

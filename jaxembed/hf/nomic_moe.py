@@ -40,6 +40,9 @@ from jaxembed.models.options import per_layer
 
 CODE = pathlib.Path(__file__).with_name("modeling_nomic_moe.py")  # copied into folders, never imported
 AUTO_MAP = {"AutoConfig": f"{CODE.stem}.NomicBertConfig", "AutoModel": f"{CODE.stem}.NomicBertModel"}
+ELSEWHERE = (
+    "llama.cpp and vLLM read this layout by themselves, but not the fields of config.json that only jaxembed writes."
+)
 STOP = "see activation_function; this model needs trust_remote_code=True"
 GATED = {"swiglu": "silu", "geglu": "gelu"}  # activation_function → the gate's, ours; others are those of plain MLPs
 # Fields of ours, written where they are not the default: which layers are sparse, where that is no every n-th; whether

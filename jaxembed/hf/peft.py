@@ -129,6 +129,11 @@ def write_peft(
             f"{out}: peft takes adapters to a qwen3_moe's dense MLPs for ones to its experts, and drops them without a "
             "word: leave --adapter out, or train with config.model.lora.targets = 'self_attn'"
         )
+    if any(row.ours.endswith("mixer/step/kernel") and "dt_proj" in row.hf for row in rows):
+        raise UserError(
+            f"{out}: transformers reads the weights of dt_proj past the adapters that peft puts there: leave --adapter "
+            "out, or train with config.model.lora.targets = 'into|gate|select|out'"
+        )
     ranks = {_pattern(row): lora.rank * len(row.parts) for row in rows if len(row.parts) > 1}
     said = {
         "peft_type": "LORA",

@@ -108,6 +108,7 @@ class Row:
       first: the first layer that has the tensor; the leaf of those before is zero, and not used.
       at: the numbers of the layers that have the tensor, the leaf being stacked over these alone; () = all layers.
       experts: X, where there is one per expert.
+      full_precision: whether it is written in float32 whatever the dtype of the others.
     """
 
     hf: str
@@ -116,6 +117,7 @@ class Row:
     first: int = 0
     at: tuple[int, ...] = ()
     experts: int = 0
+    full_precision: bool = False
 
     @property
     def parts(self) -> tuple[tuple[str, Transform], ...]:

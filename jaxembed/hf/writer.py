@@ -96,7 +96,7 @@ def write_folder(
       default_prompt_name: one of prompts, '' for none.
       similarity: 'cosine' | 'dot' | 'euclidean' | 'manhattan'.
       truncate_dim: vectors are cut to this many dimensions after all else; 0 for not.
-      dtype: of the tensors written: 'float32' | 'bfloat16' | 'float16'.
+      dtype: of the tensors written: 'float32' | 'bfloat16' | 'float16'; those of a few rows are float32 in any case.
       head: path → array of every leaf of a mean of layers (config.json then says output_hidden_states), of latent
         attention, and of a linear layer before `projection`, 'expansion'; others are not looked at.
       unused: from `jaxembed.hf.weights.unused_tensors`; those not given are written as zeros.
@@ -112,6 +112,11 @@ def write_folder(
         raise UserError(
             f"{out}: no folder can say to other programs what this model's attention sees (config.model.attention, "
             ".attention_layers): open the run itself, with Embedder.load or jaxembed.evaluate"
+        )
+    if LAYER_WEIGHTS.ours in (head or {}) and not architecture.all_states:
+        raise UserError(
+            f"{out}: a mean of layers (config.model.pool_layers): transformers gives other states of a "
+            f"{architecture.model_type}: open the run itself, or train without"
         )
     if not pool_prompt and tokenizer.in_template:
         raise UserError(
@@ -166,7 +171,7 @@ def _model_config(hf_config: Mapping[str, Any], architecture: Architecture, dtyp
 
 def _requirements(architecture: Architecture, hf_config: Mapping[str, Any]) -> dict[str, Any]:
     """What sentence-transformers 6 checks before it opens the folder: an older transformers would misread it."""
-    needed = [architecture.transformers]
+    needed = [architecture.transformers, *filter(None, [architecture.requires(hf_config)])]
     if "is_causal" in hf_config:
         needed.append(IS_CAUSAL_SINCE)
     newest = max(needed, key=lambda version: [int(part) for part in version.split(".")])
@@ -180,8 +185,10 @@ def _backbone_tensors(
     unused: Mapping[str, np.ndarray],
     dtype: np.dtype,
 ) -> Iterator[tuple[str, np.ndarray]]:
-    for name, tensor in export_tensors(architecture.rows(config), leaves, config.layers):
-        yield name, tensor.astype(dtype, copy=False)
+    rows = architecture.rows(config)
+    whole = {name for row in rows if row.full_precision for name in row.names(config.layers)}
+    for name, tensor in export_tensors(rows, leaves, config.layers):
+        yield name, tensor.astype(np.float32 if name in whole else dtype, copy=False)
     for name, shape in architecture.unused(config).items():
         yield name, unused[name].astype(dtype, copy=False) if name in unused else np.zeros(shape, dtype)
 

@@ -7,6 +7,7 @@ import jax
 
 from jaxembed import sharding
 from jaxembed.models.layers.routing import ExpertOptions, Routed
+from jaxembed.models.layers.ssm import SsmOptions
 
 REMAT: dict[str, Callable | None] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -26,6 +27,7 @@ class ModelOptions:
     dropout: float = 0.0
     attention_dropout: float = 0.0
     experts: ExpertOptions = dataclasses.field(default_factory=ExpertOptions)
+    ssm: SsmOptions = dataclasses.field(default_factory=SsmOptions)
 
     def layers_per_iteration(self, layers: int) -> int:
         """How many layers an iteration of the layer scan holds."""

@@ -17,9 +17,9 @@ _SECONDS = 0.3  # of each measurement
 def measure(width: int, heads: int, head_width: int, devices: int) -> Rates:
     """Returns what each of some virtual devices reaches while all are busy.
 
-    Products are timed at the model's shapes, [4096, D] by [D, 4 D] and attention's. Memory is timed by a norm, an
-    activation and their gradients, whose bytes are counted as a program's are: on a CPU such loops are slower than a
-    copy, and these are what lies between a model's products.
+    Products are timed at the model's shapes, [4096, D] by [D, 4 D] and attention's, or those of Mamba-2. Memory is
+    timed by a norm, an activation and their gradients, whose bytes are counted as a program's are: on a CPU such loops
+    are slower than a copy, and these are what lies between a model's products.
 
     Args:
       width: D.

@@ -16,6 +16,7 @@ from jaxembed.config import Config
 from jaxembed.data.batch import PairShape
 from jaxembed.data.rungs import rung_for
 from jaxembed.errors import UserError
+from jaxembed.models.layers.ssm import Mamba2Shape
 from jaxembed.planning import compiling, cpu_rates, roofline, shapes
 from jaxembed.planning.compiling import Load, Model
 from jaxembed.planning.hlo import Program
@@ -113,8 +114,16 @@ def _loads(config: Config, mesh: jax.sharding.Mesh, blueprint: Blueprint) -> lis
 
 def _rates(topology: Topology, mesh: jax.sharding.Mesh, model: Model, blueprint: Blueprint) -> Rates:
     if topology.chip is None:
-        return cpu_rates.measure(blueprint.backbone.width, *model.flops.heads, topology.shape[0])
+        return cpu_rates.measure(blueprint.backbone.width, *_heads(model, blueprint), topology.shape[0])
     return roofline.rates_of(topology.chip, mesh, topology.shape)
+
+
+def _heads(model: Model, blueprint: Blueprint) -> tuple[int, int]:
+    """Returns H and K of a step's many small products: attention's, else those of Mamba-2's mixers, else any."""
+    if all(model.flops.heads):
+        return model.flops.heads
+    mixer = blueprint.backbone.mixer
+    return (mixer.heads, mixer.head_width) if isinstance(mixer, Mamba2Shape) else (1, 64)
 
 
 def _planned(stage: str, model: Model, load: Load, topology: Topology, rates: Rates) -> Planned:

@@ -11,6 +11,7 @@ from typing import Any
 
 from jaxembed import checkpoint, model_source
 from jaxembed.blueprint import Blueprint
+from jaxembed.both_ways import becomes_both_ways, both_ways_blueprint
 from jaxembed.config import AUTO, Config
 from jaxembed.config_check import TRAINED
 from jaxembed.data.tokenizer import Tokenizer
@@ -201,6 +202,28 @@ SHAPES: dict[str, Shape] = {
             "feed_forward_proj": "gated-gelu",
         },
     ),
+    "state-spaces/mamba-130m-hf": Shape(
+        "mamba",
+        {
+            "vocab_size": 50_280,
+            "hidden_size": 768,
+            "num_hidden_layers": 24,
+            "state_size": 16,
+            "time_step_rank": 48,
+        },
+    ),
+    "AntonV/mamba2-130m-hf": Shape(
+        "mamba2",
+        {
+            "vocab_size": 50_288,
+            "hidden_size": 768,
+            "num_hidden_layers": 24,
+            "state_size": 128,
+            "num_heads": 24,
+            "head_dim": 64,
+            "n_groups": 1,
+        },
+    ),
 }
 
 
@@ -248,7 +271,10 @@ def open_shape(init: str, config: Config) -> Blueprint:
 
 def adapted(blueprint: Blueprint, config: Config) -> Blueprint:
     """Returns the blueprint with what the config asks for, as `jaxembed.model_source` would make it of a folder."""
-    m, arch, head = config.model, blueprint.architecture, blueprint.head
+    m = config.model
+    if becomes_both_ways(blueprint, config):
+        blueprint = both_ways_blueprint(blueprint, m.ssm)
+    arch, head = blueprint.architecture, blueprint.head
     hf_config = arch.with_rope_scaling(blueprint.hf_config, m.rope_scaling) if m.rope_scaling else blueprint.hf_config
     hf_config = arch.with_attention(hf_config, m.attention_layers or (m.attention,))
     latent = {"latents": m.latents, "latent_heads": m.latent_heads} if m.pooling == "latent" else {}

@@ -12,11 +12,12 @@ from absl import logging
 
 from jaxembed.errors import UserError
 from jaxembed.hf.hub import REPOSITORY
+from jaxembed.models.layers.parts import SPARSE
 from jaxembed.models.layers.routing import ExpertsShape
 from jaxembed.models.lora import is_adapter
+from jaxembed.models.mamba import MambaConfig
 from jaxembed.models.options import ModelOptions, per_layer
 from jaxembed.models.text_encoder import BACKBONE, flatten, split
-from jaxembed.models.transformer import SPARSE
 from jaxembed.reporting import curves
 from jaxembed.reporting.history import Scores
 from jaxembed.reporting.markdown import code, data_table, duration, score, settings_table, start_of, table
@@ -42,6 +43,11 @@ POOLING = {
     "cls": "state of the first token",
     "last": "state of the last token",
     "latent": "mean of the token states after latent attention",
+}
+READS = {
+    "none": "every text forwards: a token's state knows those before it",
+    "shared": "every text both ways, with the same weights",
+    "separate": "every text both ways, with weights of their own",
 }
 
 
@@ -162,6 +168,7 @@ def _properties(embedder: "Embedder", record: RunRecord | None) -> str:
     rows = [
         ("architecture", f"`{blueprint.architecture.model_type}`, {backbone.layers} layers of width {backbone.width}"),
         ("parameters", f"{count:,}"),
+        *([("reads", READS[backbone.backward])] if isinstance(backbone, MambaConfig) else []),
         *([("experts", _experts(embedder, blueprint.experts, count))] if blueprint.experts else []),
         *([("trained", _adapters(embedder, record))] if record and record.config.model.lora.rank else []),
         ("dimensions of a vector", blueprint.truncate_dim or embedder.width),
@@ -207,11 +214,9 @@ def _usage(embedder: "Embedder") -> str:
     ]
     only = "which only runs with `trust_remote_code=True`"
     said = f"The latent attention is code of this folder, {only}.\n\n" if head.pooling == "latent" else ""
-    if code := embedder.blueprint.architecture.code:
-        said += (
-            f"The model's class is code of this folder (`{code.name}`), {only}. llama.cpp and vLLM read this layout by "
-            "themselves, but not the fields of config.json that only jaxembed writes.\n\n"
-        )
+    arch = embedder.blueprint.architecture
+    if arch.code:
+        said += f"The model's class is code of this folder (`{arch.code.name}`), {only}. {arch.elsewhere}\n\n"
     return f"## Usage\n\n{said}" + "\n".join(f"With {name}:\n\n```python\n{text}```\n" for name, text in pieces)
 
 

@@ -1,6 +1,7 @@
 """The formula of a model's operations against products counted in the traced model, for every architecture."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -10,12 +11,13 @@ import pytest
 
 from jaxembed import sharding
 from jaxembed.blueprint import Blueprint
-from jaxembed.config import MeshConfig
+from jaxembed.config import Config, MeshConfig
 from jaxembed.data.batch import Rows
 from jaxembed.hf.architectures import ARCHITECTURES
 from jaxembed.hf.peft import linear_layers
 from jaxembed.models.flops import StepFlops, pairs_seen
-from jaxembed.models.layers import experts
+from jaxembed.models.layers import experts, ssm
+from jaxembed.models.layers.short_conv import ShortConv
 from jaxembed.models.lora import Lora
 from jaxembed.models.options import ModelOptions
 from jaxembed.models.text_encoder import HeadConfig
@@ -24,6 +26,7 @@ from jaxembed.planning.shapes import Tokens
 
 COMMON = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
 T5 = {"d_model": 32, "num_layers": 2, "num_heads": 4, "d_kv": 6, "d_ff": 48}
+MAMBA = {"hidden_size": 32, "num_hidden_layers": 3, "state_size": 6}
 GROUPED = COMMON | {"num_key_value_heads": 2}
 SHAPES = {
     "t5": T5,
@@ -39,6 +42,10 @@ SHAPES = {
     "qwen3_moe": GROUPED
     | {"num_experts": 5, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "decoder_sparse_step": 2},
     "olmoe": COMMON | {"num_experts": 5, "num_experts_per_tok": 2},
+    **dict.fromkeys(("mamba", "falcon_mamba", "bifalcon_mamba"), MAMBA),
+    "bimamba": MAMBA | {"shared_directions": True},
+    **dict.fromkeys(("mamba2", "bimamba2"), MAMBA | {"head_dim": 8, "n_groups": 2}),
+    "bamba": GROUPED | {"attn_layer_indices": [1], "mamba_d_state": 6, "mamba_d_head": 16},
 }
 R, L = 3, 24  # rows, each full of one text
 
@@ -61,6 +68,27 @@ def counted_experts(monkeypatch):
         return y
 
     monkeypatch.setattr(experts, "apply_experts", apply)
+
+
+@pytest.fixture(autouse=True)
+def counted_states(monkeypatch):
+    """What is computed channel by channel, written as products: convolutions, and each token's states in full."""
+
+    def convolve(self, x, borders, reverse=False):
+        return jnp.einsum("jrl...,j...->rl...", jnp.stack([x] * len(self.kernel[...])), self.kernel[...])
+
+    def scan(x, step, a, write, read, skip, borders, **how):
+        return jnp.einsum("rlin,rln->rli", jnp.einsum("rli,rln->rlin", x, write), read)
+
+    def heads(x, step, a, write, read, skip, borders, **how):
+        of_heads = functools.partial(jnp.repeat, axis=2, out_sharding=ssm.HEADS)
+        write, read = (of_heads(y, x.shape[2] // y.shape[2]) for y in (write, read))
+        return jnp.einsum("rlhpn,rlhn->rlhp", jnp.einsum("rlhp,rlhn->rlhpn", x, write), read)
+
+    monkeypatch.setattr(ShortConv, "__call__", convolve)
+    monkeypatch.setattr(ssm, "selective_scan", scan)
+    monkeypatch.setattr(ssm, "state_space_dual", heads)
+    monkeypatch.setattr(ssm.GatedNorm, "__call__", lambda self, y, gate: y * gate)  # its mean over heads is a product
 
 
 def blueprint_of(name: str, head: HeadConfig, mode: str = "native") -> Blueprint:
@@ -100,7 +128,7 @@ def test_products_of_every_architecture(name):
     blueprint = blueprint_of(name, HeadConfig(expansion=40, projection=24))
     factory = blueprint.factory(ModelOptions(attention_kernel="xla"))
     flops = StepFlops.of(blueprint, factory)
-    everything = dataclasses.replace(flops, layers=(((False, 0), blueprint.backbone.layers),))
+    everything = dataclasses.replace(flops, layers=(((False, 0), sum(n for _, n in flops.layers)),))
     assert everything.forward(np.full(R, L)) == traced_products(factory, R)
     assert everything.training(np.full((R, 1), L)) == 3 * everything.forward(np.full(R, L))
 
@@ -135,7 +163,14 @@ def test_known_sparse_models_have_their_size(name):
     assert met / 1e9 == pytest.approx(PUBLISHED[name][1], rel=0.03)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2_moe"])
+@pytest.mark.parametrize(("name", "megabytes"), [("state-spaces/mamba-130m-hf", 517), ("AntonV/mamba2-130m-hf", 516)])
+def test_known_state_space_models_have_the_size_of_their_files(name, megabytes):
+    blueprint = shapes.open_shape(f"hf:{name}", Config())
+    every = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(blueprint.factory(ModelOptions()).abstract()))
+    assert 4 * every / 1e6 == pytest.approx(megabytes, abs=0.6)  # float32, the token table once
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2_moe", "bimamba"])
 def test_adapters_train_and_their_base_does_not(name):
     blueprint = blueprint_of(name, HeadConfig(), "bidirectional")
     targets = linear_layers(blueprint.architecture.rows(blueprint.backbone), "", "targets")
@@ -145,9 +180,11 @@ def test_adapters_train_and_their_base_does_not(name):
     lengths = np.full(R, L)
     assert flops.forward(lengths) == traced_products(factory, R)
     of_adapters = flops.forward(lengths) - plain.forward(lengths)
-    of_attention = plain._attention(lengths)
-    base = plain.forward(lengths) - of_attention
-    assert flops.training(lengths) == 2 * base + 3 * of_adapters + 3 * of_attention
+    # Neither attention's products nor those of states have a factor that is not trained.
+    of_states = 2 * 3 * 4 * 64 * 6 * lengths.sum() if name == "bimamba" else 0  # both ways, 3 layers, 4 I N
+    free = plain._attention(lengths) + of_states
+    base = plain.forward(lengths) - free
+    assert flops.training(lengths) == 2 * base + 3 * of_adapters + 3 * free
 
 
 @pytest.mark.parametrize("reach", [0, 1, 4, 30])
@@ -171,6 +208,9 @@ def test_what_layers_see():
     assert seen("qwen3", "bidirectional") == {(False, 0): 3}
     assert seen("mistral") == {(True, 4): 3}  # a window of 5 is the token itself and 4 before it
     assert seen("gemma3_text") == {(True, 5): 2, (True, 0): 1}
+    assert seen("mamba") == {}
+    assert seen("bamba") == {(True, 0): 1}  # the others have mixers
+    assert seen("bamba", "bidirectional") == {(False, 0): 1}
     assert seen("modernbert") == {(False, 0): 1, (False, 4): 2}  # 8 // 2 on either side
 
 
