@@ -11,9 +11,13 @@ from tiny_run import tiny_config, write_tokenizer
 
 from jaxembed import model_source, sharding, trainer
 from jaxembed.config import LoraConfig, MeshConfig, SsmConfig
+from jaxembed.data.batch import Rows
 from jaxembed.embedder import Embedder
 from jaxembed.errors import UserError
 from jaxembed.export import export_adapter
+from jaxembed.models.layers.ssm import Mamba1Shape, Mamba2Shape
+from jaxembed.models.mamba import Mamba, MambaConfig
+from jaxembed.models.options import ModelOptions
 from jaxembed.models.text_encoder import flatten
 from jaxembed.verification import verify
 
@@ -83,6 +87,23 @@ def test_loss_and_gradient_do_not_depend_on_the_mesh(folder, kind, mesh, micro_b
     assert abs(got - want) <= TOLERANCE * abs(want)
     assert all(np.abs(x).max() > 0 for x in want_gradient.values())
     assert_near(got_gradient, want_gradient)
+
+
+@pytest.mark.parametrize("mixer", [Mamba1Shape(8, 4, 2), Mamba2Shape(4, 2, 4)], ids=["mamba", "mamba2"])
+def test_a_row_of_32k_tokens_lies_on_eight_devices(mixer):
+    """One text and a half of another, both ways."""
+    length = 32_768
+    texts = np.where(np.arange(length) < 20_001, 1, 2).astype(np.int32)[None]
+    arrays = texts % 7, texts, texts, texts, texts > 0
+    config, states = MambaConfig(32, 8, 1, mixer, backward="separate"), []
+    for mesh in (MeshConfig(1), MeshConfig(1, sequence=8)):
+        mesh = sharding.make_mesh(mesh, jax.devices()[: mesh.sequence])
+        with jax.set_mesh(mesh):
+            model = jax.jit(lambda: Mamba(jax.random.key(0), config, ModelOptions()))()
+            rows = Rows(*(sharding.put(x, mesh, sharding.ROWS) for x in arrays))
+            states.append(np.asarray(jax.jit(lambda model, rows: model(rows).last)(model, rows)))
+    assert np.ptp(states[0], axis=1).min() > 0.01
+    assert np.abs(states[1] - states[0]).max() <= TOLERANCE * np.abs(states[0]).max()
 
 
 @pytest.fixture(scope="module")

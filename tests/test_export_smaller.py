@@ -106,7 +106,7 @@ def test_a_model_cannot_grow(folder, whole, asked, message):
 SOURCE = {"model__shape": DEEP, "batch_size": 8, "matryoshka__dims": (16, 8), "matryoshka__layers": (2, 1)}
 
 
-def test_the_command_writes_the_sizes_that_were_trained(folder, mesh, texts, monkeypatch):
+def test_the_command_writes_the_sizes_that_were_trained(folder, texts):
     pairs = ({"path": str(write_pairs(folder / "pairs.jsonl", 40, 1))},)
     train_on(1, tiny_config(folder, steps=2, data__train=pairs, **SOURCE, matryoshka__pairs="zip"), folder / "run")
     command = [sys.executable, "-m", "jaxembed.export", f"--workdir={folder}/run", f"--out={folder}/small"]

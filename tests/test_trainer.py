@@ -156,18 +156,17 @@ def assert_same_run(workdir, unbroken) -> None:
 
 
 def test_killed_at_random_moments(folder, long_config, unbroken):
-    """SIGKILL once while starting, then soon after the lines of two random steps."""
+    """SIGKILL once while starting, then soon after the line of a random step."""
     rng = random.Random(3)
     workdir = folder / "killed"
     command = Command(long_config, workdir)
     command.wait_for("config.json")
     time.sleep(rng.uniform(0, 1))
     assert command.end(signal.SIGKILL)[0] == -signal.SIGKILL
-    for step in sorted(rng.sample(range(2, STEPS - 2), 2)):
-        command = Command(long_config, workdir)
-        command.wait_for_step(step)
-        time.sleep(rng.uniform(0, 0.02))
-        assert command.end(signal.SIGKILL)[0] == -signal.SIGKILL
+    command = Command(long_config, workdir)
+    command.wait_for_step(rng.randrange(2, STEPS - 2))
+    time.sleep(rng.uniform(0, 0.02))
+    assert command.end(signal.SIGKILL)[0] == -signal.SIGKILL
     code, _, errors = Command(long_config, workdir).end()
     assert code == 0, errors
     assert_same_run(workdir, unbroken)
@@ -202,8 +201,7 @@ def test_a_disk_that_takes_no_more_leaves_the_last_checkpoint_intact(folder):
     assert line.startswith(f"error: {workdir}: cannot be written: File too large. The newest complete checkpoint is")
     assert find(str(workdir)).name == "4"
     assert_same_bits(saved(workdir, 4), before)
-    code, _, errors = Command(longer, workdir).end()
-    assert code == 0, errors
+    train_on(2, longer, workdir)
     assert [line["step"] for line in read_metrics(workdir)] == list(range(1, 13))
 
 

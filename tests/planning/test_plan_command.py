@@ -9,12 +9,12 @@ import sys
 import pytest
 from rich.console import Console
 
-from configs import quickstart, weak_then_hard
+from configs import bimamba, quickstart, weak_then_hard
 from jaxembed import model_source
 from jaxembed.data.batch import PairShape
 from jaxembed.errors import UserError
 from jaxembed.plan import planned_config
-from jaxembed.planning import planner, report
+from jaxembed.planning import planner, report, shapes
 from jaxembed.planning.compiling import _of_message
 from jaxembed.planning.topology import parse
 
@@ -82,6 +82,12 @@ def test_the_tpu_compilers_word_on_memory():
 def test_every_stage_is_planned_and_no_data_are_looked_for():
     config = planned_config(weak_then_hard.get_config("tiny").to_dict(), [])
     assert [stage["data"]["train"][0]["path"] for stage in config.stages] == ["pairs.jsonl"] * 2
+
+
+def test_a_known_shape_that_is_made_to_read_both_ways():
+    config = planned_config(bimamba.get_config("h200").to_dict(), [])
+    blueprint = shapes.adapted(shapes.open_shape(config.model.init, config), config)
+    assert (blueprint.hf_config["model_type"], blueprint.backbone.backward) == ("bimamba", "separate")
 
 
 def test_lengths_of_texts_at_hand(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from jaxembed.models.layers.short_conv import ShortConv
 from jaxembed.models.lora import Lora
 from jaxembed.models.options import ModelOptions
 from jaxembed.models.text_encoder import HeadConfig
-from jaxembed.planning import shapes
+from jaxembed.planning import planner, shapes
 from jaxembed.planning.shapes import Tokens
 
 COMMON = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
@@ -212,6 +213,17 @@ def test_what_layers_see():
     assert seen("bamba") == {(True, 0): 1}  # the others have mixers
     assert seen("bamba", "bidirectional") == {(False, 0): 1}
     assert seen("modernbert") == {(False, 0): 1, (False, 4): 2}  # 8 // 2 on either side
+
+
+def test_heads_whose_products_a_cpu_is_timed_at():
+    def heads(name: str) -> tuple[int, int]:
+        blueprint = blueprint_of(name, HeadConfig())
+        flops = StepFlops.of(blueprint, blueprint.factory(ModelOptions()))
+        return planner._heads(types.SimpleNamespace(flops=flops), blueprint)
+
+    assert heads("bamba") == heads("bert") == (4, 8)
+    assert heads("mamba2") == (8, 8)
+    assert all(heads("mamba"))
 
 
 def test_empty_slots_and_texts_of_any_shape_count_alike():

@@ -232,3 +232,23 @@ def test_shards_shorter_than_the_convolution():
         borders = Borders.of(sharding.put(np.zeros((1, 16), np.int32), mesh, sharding.ROWS))
         with pytest.raises(UserError, match=r"config\.mesh\.sequence leaves shards of 2 tokens"):
             jax.jit(lambda x: conv(x, borders))(x)
+
+
+@pytest.mark.parametrize("form", ["associative", "steps"])
+def test_memory_is_that_of_a_chunk_not_of_all_states(form):
+    """Of 4,096 tokens a chunk of 64 is held, and a state for each of the 64 chunks."""
+    length, channels, state = 4096, 32, 16
+    shapes = {"x": (1, length, channels), "step": (1, length, channels), "a": (channels, state)}
+    shapes |= {"write": (1, length, state), "read": (1, length, state), "skip": (channels,)}
+    mesh, layouts = make_mesh(ONE), make_case(form, 76).layouts
+    with jax.set_mesh(mesh):
+        put = {n: sharding.put(np.ones(shape, np.float32), mesh, layouts[n]) for n, shape in shapes.items()}
+        borders = Borders.of(sharding.put(np.ones((1, length), np.int32), mesh, sharding.ROWS))
+
+        def run(arrays: dict[str, jax.Array]) -> jax.Array:
+            how = {"chunk": 64, "associative": form == "associative"}
+            return selective_scan(*(arrays[name] for name in NAMES), borders, **how).sum()
+
+        held = jax.jit(jax.grad(run)).lower(put).compile().memory_analysis().temp_size_in_bytes
+    states, arrays = 4 * length * channels * state, 4 * length * channels
+    assert held < states / 2 and held > arrays
