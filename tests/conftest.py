@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-# Most of the tests' time goes into compiling programs that run once: they need not be fast. LLVM's optimizations were a third
-# of that time, kernels made by way of MLIR another third, and with them splitting modules for threads that are not there.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests share the cores: torch's threads would wait busily
+# Most of the tests' time goes into compiling programs that run once: they need not be fast. LLVM's optimizations were
+# a third of that time, kernels made by way of MLIR another, with splitting modules for threads that are not there.
 FLAGS = (
     "--xla_backend_optimization_level=0",
     "--xla_cpu_use_fusion_emitters=false",

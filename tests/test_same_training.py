@@ -12,7 +12,7 @@ from tiny_run import train_on
 
 from jaxembed import config as config_lib
 
-STEPS, BATCH, TEMPERATURE, RATE, DECAY, CLIP, WARMUP = 8, 16, 0.05, 2e-5, 0.01, 1.0, 3
+STEPS, BATCH, TEMPERATURE, RATE, DECAY, CLIP, WARMUP = 6, 16, 0.05, 2e-5, 0.01, 1.0, 3
 
 
 @pytest.fixture(scope="module")

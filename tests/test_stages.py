@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file
 from test_cli import assert_refused, python
-from tiny_run import tiny_config, train_on, write_pairs, write_records
+from tiny_run import SHALLOW, tiny_config, train_on, write_pairs, write_records
 
 from jaxembed.checkpoint import find
 from jaxembed.errors import UserError
@@ -51,6 +51,7 @@ def small(folder, **changes):
         "steps": 0,
         "batch_size": 16,
         "log_to": (),
+        "model__shape": SHALLOW,
         "checkpoint__every": 3,
         "optimizer__ema": 0.5,
         "data__train": (source,),

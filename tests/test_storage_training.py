@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from store_server import other_machine, serving
-from tiny_run import sentence, tiny_config, train_on, write_lines, write_pairs
+from tiny_run import SHALLOW, sentence, tiny_config, train_on, write_lines, write_pairs
 
 from jaxembed import config as config_lib
 from jaxembed import run_folder
@@ -68,6 +68,7 @@ def configs(folder, bucket):
             folder,
             steps=8,
             batch_size=16,
+            model__shape=SHALLOW,
             export=False,
             log_to=("tensorboard",),
             data__train=({"path": str(pairs)},),

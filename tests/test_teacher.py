@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_embedder import changed, make
 from test_trainer import assert_same_bits, repeatable, saved
-from tiny_run import SHAPE, WORDS, tiny_config, train_on, write_tokenizer
+from tiny_run import SHALLOW, SHAPE, WORDS, tiny_config, train_on, write_tokenizer
 
 from jaxembed import model_source, sharding
 from jaxembed.config import Config, MeshConfig, TeacherConfig
@@ -45,7 +45,7 @@ def write_spelling_tokenizer(path):
 @pytest.fixture(scope="module")
 def teachers(folder):
     """Exported folders: one that reads as the model does, one with tokens, prompts, lengths and a width of its own."""
-    make(folder, model__shape=SHAPE | {"num_hidden_layers": 1}).save(folder / "alike")
+    make(folder, model__shape=SHALLOW).save(folder / "alike")
     (folder / "spelling").mkdir()
     spelling = {
         "tokenizer": f"file:{write_spelling_tokenizer(folder / 'spelling' / 'tokenizer.json')}",
@@ -190,6 +190,7 @@ def taught(folder, teachers):
         **GUIDED,
         steps=6,
         batch_size=16,
+        model__shape=SHALLOW,
         data__row_length="40",
         checkpoint__every=3,
         export=False,

@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file
-from tiny_run import sentence, tiny_config, train_on, write_lines, write_pairs
+from tiny_run import SHALLOW, sentence, tiny_config, train_on, write_lines, write_pairs
 
 from jaxembed import config as config_lib
 from jaxembed.checkpoint import find
@@ -45,7 +45,7 @@ def small(folder, **changes):
     """A short run over plain pairs."""
     source = {"path": str(write_pairs(folder / "pairs.jsonl", 100, 7))}
     defaults = {"steps": 8, "batch_size": 16, "checkpoint__every": 4, "export": False, "data__train": (source,)}
-    return tiny_config(folder, **defaults | changes)
+    return tiny_config(folder, **{"model__shape": SHALLOW} | defaults | changes)
 
 
 def repeatable(workdir) -> list[dict]:
@@ -86,7 +86,7 @@ class Command:
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": "2",
             "JAX_COMPILATION_CACHE_DIR": "" if largest_file else str(ROOT / ".cache" / "jax"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         watched = ["prlimit", f"--fsize={largest_file}", sys.executable] if largest_file else [sys.executable]
         shown = [] if largest_file else ["-X", "importtime"]
@@ -121,6 +121,7 @@ def long_config(folder):
         batch_size=16,
         data__row_length="40",
         checkpoint__every=SAVED_EVERY,
+        model__shape=SHALLOW,
         model__dropout=0.1,
         loss__learn_temperature=True,
         optimizer__ema=0.9,

@@ -27,6 +27,7 @@ SHAPE = {
     "max_position_embeddings": 40,
     "initializer_range": 0.1,
 }
+SHALLOW = SHAPE | {"num_hidden_layers": 1}  # for runs of which the model is not the point
 
 
 def write_tokenizer(path: pathlib.Path) -> pathlib.Path:
@@ -106,7 +107,7 @@ def tiny_config(folder: pathlib.Path, **changes: object) -> config_lib.Config:
 def train_on(devices: int, config: config_lib.Config, workdir: AnyPath, pictures: bool = False, **options: Any) -> dict:
     """Trains on the first of the virtual devices: the fewer, the quicker to compile.
 
-    Without `pictures` the curves of the report and of the card are no picture: to draw them takes longer than many a run.
+    Without `pictures` the curves of the report and of the card are no picture: drawing takes longer than many a run.
     """
     make_mesh = sharding.make_mesh
     with pytest.MonkeyPatch.context() as patch:
