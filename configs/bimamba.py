@@ -20,7 +20,7 @@ from jaxembed.config import default_config
 # As in configs/mamba_retriever_130m.py.
 BY_STEPS = {"ssm": {"kernel": "steps"}}
 MACHINES = {
-    "h200": {"batch_size": 1024, "grad_cache": 16, "mesh": {}, "model": {"ssm": {"chunk": 8}}},
+    "h200": {"batch_size": 1024, "grad_cache": 8, "mesh": {}, "model": {"ssm": {"chunk": 4}}},
     "v5e-16": {"batch_size": 2048, "grad_cache": 8, "mesh": {"data": 16}, "model": BY_STEPS},
     "v5p-64": {"batch_size": 8192, "grad_cache": 4, "mesh": {"data": 64}, "model": BY_STEPS},
 }

@@ -20,7 +20,7 @@ from jaxembed.config import default_config
 # What a chip's own memory holds decides how states are computed: a few tokens of all states at once, or one by one.
 BY_STEPS = {"ssm": {"kernel": "steps"}}
 MACHINES = {
-    "h200": {"batch_size": 512, "grad_cache": 8, "mesh": {}, "model": {"ssm": {"chunk": 8}}},
+    "h200": {"batch_size": 512, "grad_cache": 4, "mesh": {}, "model": {"ssm": {"chunk": 4}}},
     "v5e-16": {"batch_size": 1024, "grad_cache": 2, "mesh": {"data": 16}, "model": BY_STEPS},
     "v5p-64": {"batch_size": 4096, "grad_cache": 2, "mesh": {"data": 64}, "model": BY_STEPS},
 }

@@ -179,8 +179,8 @@ class Loop:
     def _compile(self, shapes: str, state: TrainState, batch: Batch) -> Any:
         say = self.run_.progress.say
         say(f"compiling for {shapes} tokens …")
-        experts_on_cpus = self.run_.blueprint.experts is not None and sharding.platform() == "cpu"
-        with not_kept(when=experts_on_cpus and self.run_.mesh.size > 1):
+        in_loops = self.run_.blueprint.experts is not None or self.run_.mesh.shape["sequence"] > 1  # also outside
+        with not_kept(when=in_loops and sharding.platform() == "cpu" and self.run_.mesh.size > 1):
             compiled = self.step_function.lower(state, batch, self.run_.given).compile()
         memory = compiled.memory_analysis()
         if memory:

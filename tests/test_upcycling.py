@@ -1,6 +1,7 @@
 """Dense checkpoints made sparse give the dense vectors; experts of sources are the dense models that they make."""
 
 import dataclasses
+import functools
 import itertools
 import json
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_architectures import make
-from tiny_run import sentence, tiny_config, write_lines, write_tokenizer
+from tiny_run import sentence, tiny_config, train_on, write_lines, write_tokenizer
 
 from jaxembed import config as config_lib
 from jaxembed import model_source, sharding, trainer
@@ -166,29 +167,28 @@ def test_each_source_trains_its_own_expert(bases, tmp_path):
         write_lines(tmp_path / f"{name}.jsonl", rows)
     source = config_lib.to_json(config_lib.SourceConfig())
     c.data.train = tuple(source | {"path": str(tmp_path / f"{name}.jsonl")} for name in "ab")
-    trainer.train(config_lib.load(c), tmp_path / "run")
+    train_on(1, config_lib.load(c), tmp_path / "run", pictures=True)
 
     lines = [line for line in read_metrics(tmp_path / "run") if "router/load" in line]
     assert (tmp_path / "run" / "report" / "routers.png").is_file() and "router/balance" not in lines[0]
     loads = np.array([line["router/load"] for line in lines])
     assert (loads[..., 2] == 0).all() and (loads[..., :2] > 0).all()  # there is no third source
-    run = Embedder.load(str(tmp_path / "run"))
+    load = functools.partial(Embedder.load, mesh=mesh_of("one"))
+    run = load(str(tmp_path / "run"))
     up = np.asarray(flatten(run.params)["backbone/experts/up/kernel"])
-    first = np.asarray(flatten(Embedder.load(str(bases / "bert")).params)["backbone/layers/mlp/up/kernel"])[1::2]
+    first = np.asarray(flatten(load(str(bases / "bert")).params)["backbone/layers/mlp/up/kernel"])[1::2]
     moved = np.abs(up - first[:, None]).max(axis=(0, 2, 3))
     assert moved[0] > 1e-3 < moved[1] and moved[2] < 1e-6
     for expert in (0, 2):
-        served = Embedder.load(str(tmp_path / "run"), expert=expert)
+        served = load(str(tmp_path / "run"), expert=expert)
         export_model(served, tmp_path / f"expert{expert}")
-        dense = Embedder.load(str(tmp_path / f"expert{expert}"))
+        dense = load(str(tmp_path / f"expert{expert}"))
         assert dense.blueprint.architecture.model_type == "bert"
         np.testing.assert_allclose(dense.encode(TEXTS), served.encode(TEXTS), atol=1e-5)
         card = (tmp_path / f"expert{expert}" / "README.md").read_text()
         assert f"holds expert {expert} of 0 … 2" in card and ("are those of expert 1." in card) == (expert != 1)
-    np.testing.assert_allclose(
-        Embedder.load(str(tmp_path / "run" / "export")).encode(TEXTS), run.encode(TEXTS), atol=1e-5
-    )
-    apart = [Embedder.load(str(tmp_path / f"expert{i}")).encode(TEXTS) for i in (0, 2)]
+    np.testing.assert_allclose(load(str(tmp_path / "run" / "export")).encode(TEXTS), run.encode(TEXTS), atol=1e-5)
+    apart = [load(str(tmp_path / f"expert{i}")).encode(TEXTS) for i in (0, 2)]
     assert min(np.abs(a - b).max() for a, b in itertools.pairwise(apart)) > 1e-3
     c.model.experts = config_lib.default_config().model.experts
     c.model.init, again = f"run:{tmp_path / 'run'}", tmp_path / "again"
@@ -200,9 +200,9 @@ def test_each_source_trains_its_own_expert(bases, tmp_path):
     with pytest.raises(UserError, match=r"config\.data\.train: 4 sources for the 3 experts of run:"):
         open_source(config_lib.load(c), again)
     with pytest.raises(UserError, match="--expert=3: the model has experts 0 … 2"):
-        Embedder.load(str(tmp_path / "run"), expert=3)
+        load(str(tmp_path / "run"), expert=3)
     with pytest.raises(UserError, match="--expert=0 is for models whose texts' sources pick the experts"):
-        Embedder.load(str(bases / "bert"), expert=0)
+        load(str(bases / "bert"), expert=0)
 
 
 @pytest.mark.parametrize(("arch", "attention"), [("bert", "native"), ("llama", "bidirectional")])

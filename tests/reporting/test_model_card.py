@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from test_embedder import changed, make
-from tiny_run import sentence, tiny_config, write_lines, write_pairs
+from tiny_run import SHALLOW, sentence, tiny_config, train_on, write_lines, write_pairs
 from written_run import BM25, SOURCE, write_run
 
 from jaxembed import sharding
@@ -20,7 +20,6 @@ from jaxembed.reporting.model_card import card_files, licence_of, model_card
 from jaxembed.reporting.record import RunRecord, Source
 from jaxembed.reporting.snippets import DOCUMENTS, QUERIES
 from jaxembed.run_folder import RunStep
-from jaxembed.trainer import train
 
 PROMPTS = {"query": "kaka lolo: ", "document": 'mi"mi: '}
 
@@ -202,6 +201,7 @@ def run(tmp_path_factory):
         folder,
         steps=4,
         batch_size=16,
+        model__shape=SHALLOW,
         checkpoint__every=2,
         eval__every=2,
         eval__sts=(str(write_lines(folder / "dev.jsonl", rows)),),
@@ -209,7 +209,7 @@ def run(tmp_path_factory):
         eval__bm25=True,
         data__train=({"path": str(write_pairs(folder / "pairs.jsonl", 80, 1)), "licence": "MIT"},),
     )
-    train(config, folder / "first")
+    train_on(1, config, folder / "first", pictures=True)
     return folder / "first"
 
 
