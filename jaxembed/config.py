@@ -50,7 +50,7 @@ class SsmConfig:
     """State-space layers (mamba, mamba2, falcon_mamba, bamba)."""
 
     directions: str = "separate"  # of a model made 'bidirectional': weights of the backward mixers, or 'shared'
-    kernel: str = AUTO  # form of Mamba's scan: 'associative' | 'steps' (token by token); 'auto' = 'steps' on CPU
+    kernel: str = AUTO  # form of Mamba's scan: 'associative' | 'steps' (token by token); 'auto' = this on CPU, TPU
     chunk: int = 0  # tokens in a chunk of the recurrence, which the backward pass recomputes; 0 = the usual number
 
 

@@ -106,7 +106,7 @@ def test_a_model_cannot_grow(folder, whole, asked, message):
 SOURCE = {"model__shape": DEEP, "batch_size": 8, "matryoshka__dims": (16, 8), "matryoshka__layers": (2, 1)}
 
 
-def test_the_command_writes_the_sizes_that_were_trained(folder, texts):
+def test_the_command_writes_the_sizes_that_were_trained(folder, mesh, texts):
     pairs = ({"path": str(write_pairs(folder / "pairs.jsonl", 40, 1))},)
     train_on(1, tiny_config(folder, steps=2, data__train=pairs, **SOURCE, matryoshka__pairs="zip"), folder / "run")
     command = [sys.executable, "-m", "jaxembed.export", f"--workdir={folder}/run", f"--out={folder}/small"]
@@ -121,8 +121,8 @@ def test_the_command_writes_the_sizes_that_were_trained(folder, texts):
     cut = "the first 1 of 3 layers, and its vectors are cut to 8 of 32 dimensions; scores and curves are those of"
     cards = [(out / "README.md").read_text() for out in (folder / "run" / "export", folder / "small")]
     assert all(sizes in card for card in cards) and [cut in card for card in cards] == [False, True]
-    got = Embedder.load(folder / "small").encode(texts)
-    assert np.abs(got - at_depth(Embedder.load(folder / "run"), texts, 1)[:, :8]).max() <= 1e-5
+    got = Embedder.load(folder / "small", mesh=mesh).encode(texts)
+    assert np.abs(got - at_depth(Embedder.load(folder / "run", mesh=mesh), texts, 1)[:, :8]).max() <= 1e-5
 
 
 def test_widths_are_those_trained_at_the_depth():

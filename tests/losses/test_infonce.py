@@ -297,9 +297,8 @@ def test_places_change_nothing():
 
 def test_a_pair_without_negatives_costs_nothing_and_stays_finite():
     texts = describe(jnp.eye(4), jnp.ones((4, 2, 4)) / 2, in_batch=False, present=jnp.arange(2) < jnp.ones((4, 1)))
-    value, gradient = jax.value_and_grad(
-        lambda q: infonce(dataclasses.replace(texts, queries=q), temperature=0.1, focal=0.5)[0]
-    )(texts.queries)
+    loss = lambda q: infonce(dataclasses.replace(texts, queries=q), temperature=0.1, focal=0.5)[0]  # noqa: E731
+    value, gradient = jax.jit(jax.value_and_grad(loss))(texts.queries)
     assert value == 0 and not gradient.any()
 
 

@@ -24,8 +24,9 @@ from jaxembed.models.layers.selective_scan import selective_scan
 from jaxembed.models.layers.short_conv import ShortConv
 from jaxembed.models.layers.ssd import HEADS, STEPS, state_space_dual
 
-# Tokens in a chunk. Scans hold [Q, N, I] of it; products pay for larger ones on CPUs, and fill a matrix unit elsewhere.
-SCAN_CHUNK, CPU_PRODUCTS_CHUNK, PRODUCTS_CHUNK = 64, 32, 128
+# Tokens in a chunk. An associative scan walks over [Q, N, I] many times, so that had better stay near; products pay for
+# larger chunks on CPUs, and fill a matrix unit elsewhere.
+STEPS_CHUNK, ASSOCIATIVE_CHUNK, CPU_PRODUCTS_CHUNK, PRODUCTS_CHUNK = 64, 8, 32, 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,8 @@ class SsmOptions:
     """How to compute: the fields of `jaxembed.config.SsmConfig` of the same names.
 
     Attributes:
-      kernel: form of Mamba's scan: 'associative', 'steps' (token after token), or 'auto', which takes these on CPU.
+      kernel: form of Mamba's scan: 'associative', 'steps' (token after token), or 'auto', which takes these on CPU and
+        TPU.
       chunk: tokens in a chunk; 0 = the usual number.
     """
 
@@ -43,7 +45,13 @@ class SsmOptions:
     @property
     def form(self) -> str:
         """The form of Mamba's scan."""
-        return self.kernel if self.kernel != "auto" else "steps" if sharding.platform() == "cpu" else "associative"
+        usual = "associative" if sharding.platform() == "gpu" else "steps"
+        return usual if self.kernel == "auto" else self.kernel
+
+    @property
+    def scan_chunk(self) -> int:
+        """Tokens in a chunk of Mamba."""
+        return self.chunk or (STEPS_CHUNK if self.form == "steps" else ASSOCIATIVE_CHUNK)
 
     @property
     def products_chunk(self) -> int:
@@ -175,7 +183,7 @@ class Mamba1Mixer(nnx.Module):
             read,
             self.skip[...].astype(step.dtype),
             borders,
-            chunk=options.chunk or SCAN_CHUNK,
+            chunk=options.scan_chunk,
             associative=options.form == "associative",
             reverse=reverse,
         )
