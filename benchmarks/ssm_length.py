@@ -11,6 +11,7 @@ The last line is JSON.
 
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -101,6 +102,7 @@ def measure() -> dict[str, dict[int, dict[str, float]]]:
             calls["mamba, transformers"] = of_torch(LONGEST.value // length, length)
         for name, seconds in timed(calls).items():
             found.setdefault(name, {}).setdefault(length, {})["ns_per_token"] = seconds / LONGEST.value * 1e9
+        print(f"{length:,} tokens:", {name: by[length] for name, by in found.items()}, file=sys.stderr, flush=True)
         length *= 2
     return found
 

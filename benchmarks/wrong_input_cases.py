@@ -25,6 +25,7 @@ DENSE_BERT = ("--config.model.init=hf:{}/model", "--config.tokenizer=auto", "--c
 SCRATCH = ("--config={}/scratch.py", "--workdir={}/run", "--data={}/pairs.jsonl")
 MAMBA, BAMBA = (("--config={}/mamba.py", *SCRATCH[1:]), ("--config={}/bamba.py", *SCRATCH[1:]))
 TEXTS = ("--config.data.max_length.query=16", "--config.data.max_length.document=16")
+MASKED = "--text=red [MASK] blue"
 PLANNED = (MAMBA[0], "--config.mesh.data=1", *TEXTS)
 CASES = (
     Case("unknown flag", ("--wrokdir=x",)),
@@ -279,6 +280,40 @@ CASES = (
         ("--model={}/model", "--mteb=STSBenchmrk"),
         ("--model={}/model", "--sts={}/sts.jsonl"),
         "evaluate",
+        bare=True,
+    ),
+    Case(
+        "texts to predict, by a model that only makes vectors",
+        ("--model={}/model", "--texts={}/pairs.jsonl"),
+        ("--model={}/model", "--pairs={}/pairs.jsonl"),
+        "evaluate",
+        bare=True,
+    ),
+    Case(
+        "texts to predict that are not there",
+        ("--config.eval.every=1", "--config.eval.texts=('nowhere.txt',)"),
+        ("--config.eval.every=1", "--config.eval.pairs=('{}/pairs.jsonl',)"),
+    ),
+    Case(
+        "masks of no texts",
+        ("--model={}/model", "--sts={}/sts.jsonl", "--draws=4"),
+        ("--model={}/model", "--sts={}/sts.jsonl"),
+        "evaluate",
+        bare=True,
+    ),
+    Case(
+        "words filled in by a model that only makes vectors",
+        ("--model={}/model", MASKED),
+        ("--model={}/words", MASKED),
+        "sample",
+        bare=True,
+    ),
+    Case("no word to fill in", ("--model={}/words", "--text=red"), ("--model={}/words", MASKED), "sample", bare=True),
+    Case(
+        "masks of a text that has its own",
+        ("--model={}/words", MASKED, "--mask_rate=0.2"),
+        ("--model={}/words", "--texts={}/pairs.jsonl", "--mask_rate=0.2"),
+        "sample",
         bare=True,
     ),
     Case("export to nowhere", ("--workdir={}/done",), ("--workdir={}/done", "--out={}/out"), "export", bare=True),

@@ -158,6 +158,10 @@ def prepare(folder: pathlib.Path) -> None:
     )
     if code:
         raise SystemExit(f"the run that all cases change does not train: {output}")
+    masked = ("--config.loss.name=masked_diffusion", f"--workdir={folder}/words")
+    code, output, _ = run(("train", *(a.replace("{}", str(folder)) for a in SCRATCH), *masked), folder)
+    if code:
+        raise SystemExit(f"the run that fills words in does not train: {output}")
     spoil_models(folder)
     # A disk of a few kilobytes, where the system lets us make one.
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=192k", "tmpfs", folder / "disk"], capture_output=True)

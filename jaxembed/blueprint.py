@@ -16,6 +16,7 @@ from jaxembed.errors import UserError
 from jaxembed.hf.architectures import Architecture, architecture_of
 from jaxembed.hf.peft import linear_layers
 from jaxembed.hf.safetensors_io import open_tensors, write_tensors
+from jaxembed.models.language_head import LanguageConfig
 from jaxembed.models.layers.routing import ExpertsShape
 from jaxembed.models.lora import Lora
 from jaxembed.models.nomic_bert import NomicBertConfig
@@ -48,6 +49,7 @@ class Blueprint:
       tokenizer: texts to token ids.
       unused: tensors that the architecture's class has and embeddings do not use; handed through to the export.
       base: a digest of the weights that a run's adapters stand on; '' without adapters.
+      language: how it predicts words; None where it only makes vectors.
     """
 
     hf_config: dict[str, Any]
@@ -61,6 +63,7 @@ class Blueprint:
     tokenizer: Tokenizer
     unused: Mapping[str, np.ndarray]
     base: str = ""
+    language: LanguageConfig | None = None
 
     @property
     def architecture(self) -> Architecture:
@@ -88,8 +91,8 @@ class Blueprint:
 
     def factory(self, options: ModelOptions, seed: int = 0, lora: Lora | None = None) -> ModelFactory:
         """Returns the maker of this model; `seed` is that of fresh weights, `lora` its adapters."""
-        make, backbone = self.architecture.backbone, self.backbone
-        return ModelFactory(lambda: TextEncoder(jax.random.key(seed), make, backbone, self.head, options, lora))
+        make, backbone, rest = self.architecture.backbone, self.backbone, (options, lora, self.language)
+        return ModelFactory(lambda: TextEncoder(jax.random.key(seed), make, backbone, self.head, *rest))
 
     def lora(self, c: LoraConfig) -> Lora | None:
         """Returns the adapters that a config asks for, None for none.
@@ -127,5 +130,11 @@ class Blueprint:
         except FileNotFoundError as error:
             raise UserError(f"{folder.parent}: not the folder of a run that has started: no {folder.name}/") from error
         unused = open_tensors(place / "unused") if (place / "unused").exists() else {}
-        loaded = {"head": HeadConfig(**said["head"]), "tokenizer": Tokenizer.load(f"hf:{place}"), "unused": unused}
+        language = said.get("language")
+        loaded = {
+            "head": HeadConfig(**said["head"]),
+            "tokenizer": Tokenizer.load(f"hf:{place}"),
+            "unused": unused,
+            "language": LanguageConfig(**language | {"framing": tuple(language["framing"])}) if language else None,
+        }
         return cls(**(said | loaded))

@@ -63,6 +63,8 @@ class ModelConfig:
     shape: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # for scratch: fields of the Hugging Face config
     attention: str = "native"  # 'native' = the checkpoint's own | 'causal' | 'bidirectional' | 'prefix' (the prompt)
     attention_layers: tuple[str, ...] = ()  # the same, one per layer (BeLLM: only the last 'bidirectional'); () = alike
+    anneal_attention: int = 0  # steps in which attention that is not causal grows from causal to what it is; 0 = none
+    mask_token: str = ""  # what stands for masked words; added where the tokenizer has no such token; '' = its own
     rope_scaling: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # for longer texts: rope_type, factor …
     pooling: str = AUTO  # 'mean' | 'cls' | 'last' | 'weighted_mean' | 'latent'; 'auto' = the folder's own
     latents: int = 512  # of pooling 'latent': vectors that tokens attend to
@@ -129,13 +131,22 @@ class MaxLength:
 
 
 @dataclasses.dataclass(frozen=True)
+class MaskConfig:
+    """Part of a text's words that the losses over vectors see masked, drawn anew in each step: noised views."""
+
+    query: float = 0.0  # of queries
+    document: float = 0.0  # of positives and negatives
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Training texts and how they are laid out."""
 
     train: tuple[SourceConfig, ...] = (SourceConfig(),)
     max_length: MaxLength = MaxLength()
+    mask: MaskConfig = MaskConfig()
     row_length: str = AUTO  # tokens in a packed row; 'auto' = the shortest that serves
-    positives: int = 1  # positives of a record used in a step (drawn anew each time, where it has more)
+    positives: int = 1  # positives of a record used in a step (drawn anew where it has more); 0 = queries alone
     negatives: int = 7  # hard negatives of a record used in a step, at the most
     one_source: float = 0.0  # part of each step's pairs that come from one source, in turns; 1 = all of them, 0 = mixed
     cache_dir: str = "~/.cache/jaxembed"  # of tokenised texts
@@ -150,6 +161,7 @@ class LossConfig:
     name: str = "infonce"  # see the table of losses in README.md
     label: str = ""  # what metrics and sources call it; '' = its name
     weight: float = 1.0  # in the sum of several losses
+    weight_end: float = -1.0  # … at the last step, to which it goes in a line; -1 = it stays
     temperature: float = 0.05  # divides the similarities; where the learned one starts
     learn_temperature: bool = False  # one scalar, trained with the weights
     blocks: tuple[str, ...] = ("qd",)  # who is compared with whose negatives: 'qd', 'dq', 'qq', 'dd' (query, document)
@@ -170,7 +182,14 @@ class LossConfig:
     similarity_weight: float = 0.0  # match: weight of the difference between the two similarity matrices
     exchange: str = AUTO  # how devices meet the others' texts: 'gather' | 'ring'; 'auto' = by the memory it needs
     precision: str = "float32"  # of the similarities' products: 'float32' | 'bfloat16' (summed in float32)
-    tile: int = 2048  # edge of the tiles of the similarity matrix
+    tile: int = 2048  # edge of the tiles of the similarity matrix; of losses over tokens: words in a tile
+    mask_rate: float = 0.15  # masked_lm, masked_next_token: part of a text's tokens that are to be predicted
+    random_rate: float = 0.0  # … part of these that another word stands for, in place of the mask token
+    keep_rate: float = 0.0  # … part of these that stay as they are
+    mask_least: float = 0.001  # masked_diffusion: a text's masked part is drawn evenly from here to 1
+    mask_draws: str = "low_discrepancy"  # … over the texts of a step, 'low_discrepancy' | 'antithetic' | 'independent'
+    predicts: str = AUTO  # … from a token's own state, 'same', or the one before, 'next'; 'auto' = as the model learned
+    sides: tuple[str, ...] = ("query", "document")  # losses over tokens: whose texts are predicted
 
     @property
     def title(self) -> str:
@@ -240,6 +259,8 @@ class EvalConfig:
     retrieval: tuple[str, ...] = ()  # BEIR folders
     pairs: tuple[str, ...] = ()  # pairs to find each other: files, 'tfds:NAME:SPLIT' or 'hf:NAME:SPLIT'
     classification: tuple[str, ...] = ()  # 'TRAIN_FILE:TEST_FILE' of text, label; or a folder of both
+    texts: tuple[str, ...] = ()  # texts to predict, by a model with a loss over tokens: files, as for data.train
+    draws: int = 8  # … masks drawn for each of them
     bm25: bool = False  # also score BM25, once, on the retrieval and pairs sets
 
 
@@ -318,6 +339,9 @@ CHOICES = {
             "distance": ("cosine", "euclidean"),
             "exchange": (AUTO, "gather", "ring"),
             "precision": ("float32", "bfloat16"),
+            "mask_draws": ("low_discrepancy", "antithetic", "independent"),
+            "predicts": (AUTO, "same", "next"),
+            "sides[]": ("query", "document"),
         }.items()
     },
     "matryoshka.pairs": ("all", "zip"),

@@ -11,6 +11,8 @@ from jaxembed.data.sources import DATA_SETS
 from jaxembed.data.templates import parse
 from jaxembed.errors import UserError, require
 from jaxembed.losses.check import check_losses
+from jaxembed.losses.table import LOSSES
+from jaxembed.losses.token_check import check_token_losses
 
 MAX_LENGTH = 65_535  # lengths are kept as uint16
 TRAINED = "train:"  # begins a tokenizer that is made from the training texts
@@ -19,7 +21,8 @@ MIN_VOCABULARY = 256 + 5  # bytes and special tokens
 
 def check(config: Config) -> None:
     """Raises UserError with one line for the first rule that the config breaks."""
-    for rule in (_length_of_run, _positive_numbers, _data, _model, check_losses, _optimizer, _mesh, _evaluation):
+    of_losses = check_losses, check_token_losses
+    for rule in (_length_of_run, _positive_numbers, _data, _model, *of_losses, _optimizer, _mesh, _evaluation):
         rule(config)
 
 
@@ -52,7 +55,6 @@ def _positive_numbers(c: Config) -> None:
         ("batch_size", c.batch_size),
         ("grad_cache", c.grad_cache),
         ("log_every", c.log_every),
-        ("data.positives", c.data.positives),
         ("data.prefetch", c.data.prefetch),
         ("checkpoint.every", c.checkpoint.every),
         ("checkpoint.keep", c.checkpoint.keep),
@@ -61,6 +63,8 @@ def _positive_numbers(c: Config) -> None:
     for name, value in (
         ("stall_seconds", c.stall_seconds),
         ("data.negatives", c.data.negatives),
+        ("data.positives", c.data.positives),
+        ("model.anneal_attention", c.model.anneal_attention),
         ("eval.every", c.eval.every),
         ("model.projection", c.model.projection),
         ("model.unroll", c.model.unroll),
@@ -100,11 +104,15 @@ def _data(c: Config) -> None:
             or c.model.dropout > 0
             or c.model.attention_dropout > 0
             or (c.model.lora.rank > 0 and c.model.lora.dropout > 0)
-            or set(trains) <= {"match", "spread_out"},
-            f"{where}.format = 'texts' makes a text its own positive: without config.model.dropout or "
-            ".attention_dropout two views of a text would be the same vector",
+            or c.data.mask.query != c.data.mask.document
+            or all(name in ("match", "spread_out") or LOSSES[name].over_tokens for name in trains),
+            f"{where}.format = 'texts' makes a text its own positive: without config.model.dropout, "
+            ".attention_dropout or config.data.mask two views of a text would be the same vector",
         )
     _proportions(c)
+    for side in ("query", "document"):
+        part = getattr(c.data.mask, side)
+        require(0 <= part < 1, f"config.data.mask.{side} = {part:g}: must be in [0, 1)")
     row_length = c.data.row_length
     require(
         row_length == "auto" or (row_length.isdecimal() and int(row_length) > 0),
@@ -342,11 +350,12 @@ def _mesh(c: Config) -> None:
 
 def _evaluation(c: Config) -> None:
     e = c.eval
-    tasks = e.sts + e.retrieval + e.pairs + e.classification
+    tasks = e.sts + e.retrieval + e.pairs + e.classification + e.texts
     require(
         e.every == 0 or bool(tasks),
-        "config.eval.every is set but config.eval.sts, .retrieval, .pairs and .classification are empty",
+        "config.eval.every is set but config.eval.sts, .retrieval, .pairs, .classification and .texts are empty",
     )
+    require(e.draws >= 1, f"config.eval.draws = {e.draws}: must be at least 1")
     require(
         not e.bm25 or bool(e.retrieval + e.pairs),
         "config.eval.bm25 searches the sets of config.eval.retrieval and .pairs: both are empty",

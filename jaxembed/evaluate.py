@@ -1,4 +1,4 @@
-"""Score a model on similarity, retrieval and classification sets, or on tasks of MTEB.
+"""Score a model on similarity, retrieval and classification sets, on texts to predict, or on tasks of MTEB.
 
     python -m jaxembed.evaluate --model=FOLDER --sts=stsb-dev.jsonl.gz --retrieval=scifact --bm25
     python -m jaxembed.evaluate --model=FOLDER --mteb=STS12,NFCorpus
@@ -11,6 +11,8 @@ model on the hub. Several sets or tasks are given by commas. Prints a table for 
   --pairs           training records that were held out, whose queries are to find their positives: files, folders,
                     globs, tfds:NAME:SPLIT, hf:NAME:SPLIT
   --classification  TRAIN_FILE:TEST_FILE of text, label; or folders of train.jsonl and test.jsonl
+  --texts           texts to predict, of a run with a loss over tokens: files of a text per line (.txt), or as --pairs;
+                    of texts, or of queries and their positives. --draws: masks of each, where it is not causal
   --template        put every text into it, as language models that were not trained to embed want it: prompt_eol, echo,
                     meta_eol (the mean over several), or a text with {text} in it
   --moee            of a mixture of experts, compare routing weights: alone, concat (beside the states' vectors), or sum
@@ -32,13 +34,13 @@ from jaxembed.errors import UserError
 from jaxembed.evaluation.mteb_tasks import MtebScore, model_name, open_tasks, require_mteb, run_tasks
 from jaxembed.evaluation.sets import require_sets
 
-SETS = ("sts", "retrieval", "pairs", "classification")  # flags that are fields of EvalConfig
+SETS = ("sts", "retrieval", "pairs", "classification", "texts")  # flags that are fields of EvalConfig
 
 
 def main() -> None:
     """Runs the command."""
     flag = flags.FLAGS
-    sets = EvalConfig(**{kind: tuple(flag[kind].value) for kind in SETS}, bm25=flag.bm25)
+    sets = EvalConfig(**{kind: tuple(flag[kind].value) for kind in SETS}, draws=flag.draws, bm25=flag.bm25)
     _require_flags(sets)
     with connect() as peers:
         _evaluate(sets, peers)
@@ -86,6 +88,8 @@ def _require_flags(sets: EvalConfig) -> None:
         raise UserError(f"nothing to evaluate on: give --{', --'.join(SETS)} or --mteb")
     if sets.bm25 and not sets.retrieval + sets.pairs:
         raise UserError("--bm25 searches the sets of --retrieval and --pairs: give one")
+    if flag["draws"].present and not sets.texts:
+        raise UserError("--draws are masks of the texts of --texts: give one")
     if flag["moee_weight"].present and flag.moee != "sum":
         raise UserError("--moee_weight weighs the similarities that --moee=sum adds up: give that too")
     require_sets(sets, "--")
@@ -99,6 +103,8 @@ if __name__ == "__main__":
     flags.DEFINE_list("retrieval", [], "Retrieval sets.")
     flags.DEFINE_list("pairs", [], "Sets of records.")
     flags.DEFINE_list("classification", [], "Classification sets.")
+    flags.DEFINE_list("texts", [], "Sets of texts to predict.")
+    flags.DEFINE_integer("draws", EvalConfig.draws, "Masks of each of these texts.", lower_bound=1)
     flags.DEFINE_string("template", "", "Put every text into it: prompt_eol, echo, meta_eol, or a text with {text}.")
     flags.DEFINE_enum("moee", "", ["", "alone", "concat", "sum"], "Compare a mixture of experts' routing weights.")
     flags.DEFINE_float("moee_weight", 1.0, "Of the routing weights' similarity in --moee=sum.")

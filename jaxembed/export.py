@@ -2,12 +2,15 @@
 
     python -m jaxembed.export --workdir=RUN --out=FOLDER [--layers=N] [--dim=N] [--dtype=bfloat16] [--expert=N]
     python -m jaxembed.export --workdir=RUN --out=FOLDER --adapter
+    python -m jaxembed.export --workdir=RUN --out=FOLDER --layout=hub
     python -m jaxembed.export --verify=FOLDER
 
 --workdir takes RUN, RUN@STEP or RUN@best. --layers and --dim write a smaller model: the first N layers, vectors cut to
 their first N dimensions; config.matryoshka trains models that bear it. --expert: where each source of the training has
 an expert of its own (config.model.experts.routing = 'source'), a folder is the dense model of one of them. --adapter
-writes a run's low-rank adapters alone, as a folder of the peft library; without it they are merged. --verify encodes
+writes a run's low-rank adapters alone, as a folder of the peft library; without it they are merged. --layout=hub: of a
+LLaDA or Dream, which else is written as the llama or qwen2 that it is, seen from both sides: the folder that its own
+code on the hub opens, with the head that predicts words, but without pooling, prompts and that code. --verify encodes
 the folder's 8 fingerprint texts anew, in JAX and, where it is installed, in sentence-transformers, and compares the
 vectors with those that were written with it; there it also checks that every weight is found, that attention sees what
 it should, and that padding changes nothing.
@@ -31,10 +34,18 @@ if TYPE_CHECKING:
     from jaxembed.embedder import Embedder
     from jaxembed.losses.objective import Size
 
+PORTABLE, HUB = "portable", "hub"  # layouts of folders
 WIDTHS = "matryoshka_dimensions"  # in config.json: programs that serve the folder let vectors be cut to these only
 
 
-def export_model(embedder: "Embedder", out: AnyPath, layers: int = 0, dim: int = 0, dtype: str = "float32") -> None:
+def export_model(
+    embedder: "Embedder",
+    out: AnyPath,
+    layers: int = 0,
+    dim: int = 0,
+    dtype: str = "float32",
+    layout: str = PORTABLE,
+) -> None:
     """Writes the folder, with its model card and fingerprint: all of it, or nothing.
 
     Args:
@@ -44,10 +55,11 @@ def export_model(embedder: "Embedder", out: AnyPath, layers: int = 0, dim: int =
       layers: only the first so many; 0 = all.
       dim: vectors are cut to their first dimensions, after all else; 0 = as the model says.
       dtype: of the tensors written: 'float32' | 'bfloat16'. The fingerprint is that of the weights as written.
+      layout: 'portable', for sentence-transformers; 'hub', of a model whose class is code on the hub: for that code.
 
     Raises:
       UserError: `out` is something else, or cannot be written; the model is smaller than what is asked for, or its
-        vectors are made of routing weights.
+        vectors are made of routing weights; it has no layout of its own on the hub.
     """
     import jax
 
@@ -56,13 +68,16 @@ def export_model(embedder: "Embedder", out: AnyPath, layers: int = 0, dim: int =
     from jaxembed.hf.writer import write_folder
     from jaxembed.losses.objective import sizes_of
     from jaxembed.model_source import FOLDER, Blueprint
-    from jaxembed.models.text_encoder import BACKBONE, flatten
+    from jaxembed.models.text_encoder import BACKBONE, LANGUAGE, flatten
     from jaxembed.reporting.model_card import card_files
     from jaxembed.sharding import to_host
     from jaxembed.stages import stages_of
 
+    if layout == HUB:
+        _export_for_hub(embedder, out, layers, dim, dtype)
+        return
     _require_of_states(embedder.blueprint, out)
-    small = _as_written(_smaller(_of_one_expert(embedder), layers, dim), dtype)
+    small = _as_kin(_as_written(_smaller(_of_one_expert(embedder), layers, dim), dtype))
     layers = 0 if layers == embedder.blueprint.backbone.layers else layers
     blueprint, hf_config = small.blueprint, small.blueprint.hf_config
     sizes: tuple[Size, ...] = ()
@@ -75,7 +90,8 @@ def export_model(embedder: "Embedder", out: AnyPath, layers: int = 0, dim: int =
     note = " ".join(filter(None, (_note(embedder, sizes, layers, dim), _expert_note(embedder.blueprint, scored))))
     with jax.set_mesh(small.mesh):
         backbone = flatten(small.params["backbone"])
-        head = {path: to_host(x) for path, x in flatten(small.params).items() if not path.startswith(BACKBONE)}
+        others = (BACKBONE, LANGUAGE)
+        head = {path: to_host(x) for path, x in flatten(small.params).items() if not path.startswith(others)}
         kernel = head.get("projection/kernel")
         projection = None if kernel is None else (kernel, head.get("projection/bias"))
         if jax.process_index() > 0:  # helps to gather, and leaves the writing to process 0
@@ -104,6 +120,48 @@ def export_model(embedder: "Embedder", out: AnyPath, layers: int = 0, dim: int =
             head=head,
             unused=blueprint.unused,
             extra_files={**card_files(small, note), FINGERPRINT: fingerprint},
+        )
+
+
+def _export_for_hub(embedder: "Embedder", out: AnyPath, layers: int, dim: int, dtype: str) -> None:
+    """Writes the folder that a model's own code on the hub opens."""
+    import jax
+
+    from jaxembed.hf.table import export_tensors, leaves_of
+    from jaxembed.hf.writer import hub_rows, write_hub_folder
+    from jaxembed.models.text_encoder import BACKBONE, LANGUAGE, flatten
+
+    architecture = embedder.blueprint.architecture
+    if not architecture.portable_as:
+        raise UserError(
+            f"--layout=hub: {architecture.model_type} is a class of transformers, whose layout is the only one: leave "
+            "--layout out"
+        )
+    if dim:
+        raise UserError(f"--layout=hub: that code makes no vectors that --dim={dim} could cut: leave --dim out")
+    small = _as_written(_smaller(embedder, layers, 0), dtype)
+    blueprint = small.blueprint
+    leaves = {
+        path.removeprefix(BACKBONE): x
+        for path, x in flatten(small.params).items()
+        if path.startswith((BACKBONE, LANGUAGE))
+    }
+    with jax.set_mesh(small.mesh):
+        if jax.process_index() > 0:  # helps to gather, and leaves the writing to process 0
+            trained = any(path.startswith(LANGUAGE) for path in leaves)
+            rows = hub_rows(architecture, blueprint.hf_config, blueprint.backbone, trained)
+            for _ in export_tensors(rows, {path: leaves[path] for path in leaves_of(rows)}, blueprint.backbone.layers):
+                pass
+            return
+        write_hub_folder(
+            out,
+            hf_config=blueprint.hf_config,
+            architecture=architecture,
+            leaves=leaves,
+            tokenizer=blueprint.tokenizer,
+            max_length=blueprint.max_length,
+            dtype=dtype,
+            unused=blueprint.unused,
         )
 
 
@@ -137,6 +195,11 @@ def export_adapter(spec: str, out: AnyPath) -> str:
     if lora is None:
         raise UserError(f"--adapter: {workdir} has trained all weights (its config.model.lora.rank is 0): leave it out")
     _require_of_states(blueprint, out)
+    if blueprint.architecture.portable_as:
+        raise UserError(
+            f"--adapter: the class of a {blueprint.architecture.model_type} is code on the hub, which a folder of the "
+            "peft library does not find: leave --adapter out"
+        )
     if not portable(blueprint.hf_config):
         raise UserError(f"--adapter: no folder can say to other programs what the attention of {workdir} sees")
     kind, _, where = model.init.partition(":")
@@ -235,6 +298,17 @@ def _smaller(embedder: "Embedder", layers: int, dim: int) -> "Embedder":
     return Embedder(blueprint, blueprint.factory(ModelOptions()), params, embedder.mesh, embedder.run)
 
 
+def _as_kin(embedder: "Embedder") -> "Embedder":
+    """Returns the model as what transformers opens: the same, but where its class is code on the hub."""
+    from jaxembed.embedder import Embedder
+
+    blueprint, convert = embedder.blueprint, embedder.blueprint.architecture.portable_as
+    if convert is None:
+        return embedder
+    blueprint = dataclasses.replace(blueprint, hf_config=convert(blueprint.hf_config), unused={})
+    return Embedder(blueprint, embedder.factory, embedder.params, embedder.mesh, embedder.run)
+
+
 def _as_written(embedder: "Embedder", dtype: str) -> "Embedder":
     """Returns the model as its folder will give it back: weights of that dtype, a few exact, computed in float32."""
     import jax
@@ -295,12 +369,12 @@ def main() -> None:
     """Runs the command."""
     workdir, out, folder = flags.FLAGS.workdir, flags.FLAGS.out, flags.FLAGS.verify
     layers, dim, dtype, adapter = flags.FLAGS.layers, flags.FLAGS.dim, flags.FLAGS.dtype, flags.FLAGS.adapter
-    expert = flags.FLAGS.expert
-    smaller = layers or dim or dtype or expert is not None
+    expert, layout = flags.FLAGS.expert, flags.FLAGS.layout
+    smaller = layers or dim or dtype or expert is not None or layout != PORTABLE
     if bool(folder) == bool(workdir) or bool(workdir) != bool(out) or ((folder or adapter) and smaller):
         raise UserError(
-            "give either --workdir=RUN and --out=FOLDER [--layers=N] [--dim=N] [--dtype=…] [--expert=N], or --workdir, "
-            "--out and --adapter, or --verify=FOLDER"
+            "give either --workdir=RUN and --out=FOLDER [--layers=N] [--dim=N] [--dtype=…] [--expert=N] "
+            "[--layout=hub], or --workdir, --out and --adapter, or --verify=FOLDER"
         )
     with connect() as peers:
         if folder:
@@ -317,7 +391,7 @@ def main() -> None:
             embedder = Embedder.load(workdir, expert=expert)
             if not dtype:
                 dtype = run_folder.read_config(embedder.run.workdir).export_dtype if embedder.run else "float32"
-            export_model(embedder, path_of(out), layers, dim, dtype)
+            export_model(embedder, path_of(out), layers, dim, dtype, layout)
             said, result = [], {"exported": out}
         if peers.main:
             print(*said, json.dumps(result), sep="\n")
@@ -330,6 +404,8 @@ if __name__ == "__main__":
     flags.DEFINE_integer("dim", 0, "Cut vectors to their first so many dimensions; 0 = not.")
     flags.DEFINE_integer("expert", None, "Export the dense model of one source, where each source has an expert.")
     flags.DEFINE_enum("dtype", "", ["", "float32", "bfloat16"], "Of the weights; '' = the run's config.export_dtype.")
+    layouts = "'hub' = as a LLaDA's or Dream's own code opens it, with the head that predicts words."
+    flags.DEFINE_enum("layout", PORTABLE, [PORTABLE, HUB], layouts)
     flags.DEFINE_bool("adapter", False, "Export the run's low-rank adapters alone, as a folder of the peft library.")
     flags.DEFINE_string("verify", "", "An exported folder to check.")
     cli.run(main, __doc__)

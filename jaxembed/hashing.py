@@ -21,3 +21,8 @@ def mix(h: jax.Array) -> jax.Array:
 def uniform(h: jax.Array) -> jax.Array:
     """Turns hashes, uint32, into float32 numbers evenly spread inside (0, 1), ends left out."""
     return ((h >> 9).astype(jnp.float32) + 0.5) / 2**23  # of 24 bits the last would round up to 1
+
+
+def below(part: jax.typing.ArrayLike) -> jax.Array:
+    """Returns the uint32 below which this part of all hashes lies, a number in [0, 1]; in steps of 2⁻²⁴."""
+    return jnp.minimum(jnp.asarray(part, jnp.float32) * 2.0**32, 2.0**32 - 256).astype(jnp.uint32)

@@ -31,6 +31,7 @@ from jaxembed.observing.observer import Observer
 from jaxembed.observing.speed import Meter, peak_flops
 from jaxembed.preemption import StopSignal
 from jaxembed.progress import Progress
+from jaxembed.reading import passes
 from jaxembed.step import Given, TrainState
 from jaxembed.storage import AnyPath
 from jaxembed.training_data import TrainingData
@@ -104,7 +105,7 @@ class Loop:
         self.observer = run.observer
         self.clock = self.observer.clock
         config = stage.config.model
-        flops = StepFlops.of(run.blueprint, stage.factory, run.blueprint.lora(config.lora))
+        flops = StepFlops.of(run.blueprint, stage.factory, run.blueprint.lora(config.lora), *passes(stage.config))
         self.meter = Meter(self.observer, run.mesh, flops, peak_flops(run.mesh, config.dtype))
 
     def run(self, state: TrainState, start: int | None) -> tuple[TrainState, int]:

@@ -24,9 +24,12 @@ from jaxembed.hf.architectures import architecture
 from jaxembed.hf.digest import digest
 from jaxembed.hf.folder import Folder, read_folder
 from jaxembed.hf.hub import resolve
+from jaxembed.hf.language_heads import language_leaves
 from jaxembed.hf.loading import load_onto
 from jaxembed.hf.safetensors_io import open_tensors
 from jaxembed.hf.weights import backbone_leaves, head_leaves, unused_tensors
+from jaxembed.language import language_for, masks
+from jaxembed.mask_token import with_mask_token
 from jaxembed.models.layers.routing import ExpertOptions
 from jaxembed.models.layers.ssm import SsmOptions
 from jaxembed.models.lora import Lora, is_adapter, merge
@@ -34,6 +37,7 @@ from jaxembed.models.moee import with_moee
 from jaxembed.models.options import ModelOptions
 from jaxembed.models.text_encoder import (
     BACKBONE,
+    LANGUAGE,
     HeadConfig,
     ModelFactory,
     Params,
@@ -77,12 +81,20 @@ def open_source(c: Config, workdir: AnyPath) -> tuple[Blueprint, Loader]:
         load = load if c.model.init == "scratch" else _with_head(both_ways_loader(blueprint, load))
         blueprint = both_ways_blueprint(blueprint, c.model.ssm)
     blueprint = dataclasses.replace(adapted(blueprint, c), base=base)
+    if masks(c):
+        blueprint, load = _with_mask_token(blueprint, load, c.model.mask_token)
+    blueprint = dataclasses.replace(blueprint, language=language_for(blueprint, c))
     if c.model.experts.upcycle:
         load = sparse_loader(blueprint, load, c.model.experts, c.seed)
         blueprint = sparse_blueprint(blueprint, c.model.experts)
     _require_experts(c, blueprint)
     head = with_moee(blueprint.head, blueprint.backbone, c.model.moee, c.model.moee_weight, "config.model.")
     return dataclasses.replace(blueprint, head=head), load
+
+
+def _with_mask_token(blueprint: Blueprint, load: Loader, token: str) -> tuple[Blueprint, Loader]:
+    blueprint, load = with_mask_token(blueprint, load, token)
+    return blueprint, _with_head(load)
 
 
 def _require_experts(c: Config, blueprint: Blueprint) -> None:
@@ -202,6 +214,8 @@ def open_run(spec: str) -> tuple[Blueprint, Loader]:
         base, load_base = open_base(workdir, model.init)
         if becomes_both_ways(base, config):
             load_base = both_ways_loader(base, load_base)
+        if masks(config):
+            _, load_base = _with_mask_token(base, load_base, model.mask_token)
         return blueprint, lambda factory: _load_merged(spec, blueprint, model.lora, load_base, factory)
 
     def load(factory: ModelFactory) -> Params:
@@ -285,6 +299,7 @@ def _load_folder(folder: Folder, factory: ModelFactory) -> Params:
     shapes = {path.removeprefix(BACKBONE): x.shape for path, x in wanted.items() if path.startswith(BACKBONE)}
     leaves = {BACKBONE + path: leaf for path, leaf in backbone_leaves(folder, shapes).items()}
     leaves |= head_leaves(folder, {path: x.shape for path, x in wanted.items()})
+    leaves |= language_leaves(folder, {path: x.shape for path, x in wanted.items() if path.startswith(LANGUAGE)})
     return _completed(unflatten(load_onto(leaves, {path: wanted[path] for path in leaves})), factory)
 
 

@@ -26,6 +26,7 @@ CHANGEABLE = (
     "matryoshka",
     "router",
     "optimizer",
+    "model.anneal_attention",
     "model.dropout",
     "model.attention_dropout",
     "model.remat",

@@ -11,12 +11,13 @@ from jax.sharding import PartitionSpec as P
 from jaxembed.config import Config
 from jaxembed.data.batch import Batch, PairShape, Rows
 from jaxembed.losses.embedded import Embedded
-from jaxembed.losses.objective import loss_params, objective
+from jaxembed.losses.objective import LossParams, loss_params, objective, terms_of
 from jaxembed.losses.router import router_loss
 from jaxembed.models.layers.dropout import Noise, step_seed
 from jaxembed.models.layers.routing import RouterSums
-from jaxembed.models.text_encoder import ModelFactory, Params, join, split
+from jaxembed.models.text_encoder import LANGUAGE, ModelFactory, Params, flatten, join, split
 from jaxembed.optimizer import freeze, make_optimizer, rate_factors, schedule
+from jaxembed.reading import noised, token_losses
 from jaxembed.sharding import BATCH, MICRO_ROWS, batch_shards
 
 Metrics = dict[str, jax.Array]
@@ -67,22 +68,63 @@ def init_state(
 
 
 def make_loss(
-    config: Config, factory: ModelFactory, pair: PairShape, teacher: ModelFactory | None = None
+    config: Config, factory: ModelFactory, pair: PairShape, teacher: ModelFactory | None = None, steps: int = 1
 ) -> Callable[[Params, Batch, jax.Array, Given], tuple[jax.Array, Metrics]]:
     """Returns (params, batch, step, what is given) → (loss, metrics).
 
-    A teacher sees the texts without dropout, and has no gradient.
+    A teacher sees the texts whole, without dropout, and has no gradient. `steps` are those of the stage, over which
+    losses' weights may change.
     """
     m = config.model
     uses_noise = max(m.dropout, m.attention_dropout, m.lora.dropout) > 0 or m.experts.routing == "expert_choice"
-    layers = config.matryoshka.layers
+    over_vectors, over_tokens = (terms_of(config, over_tokens=x) for x in (False, True))
+    of_vectors = _make_vector_loss(config, factory, pair, teacher)
+    some_sources = any(len(term.sources) < len(config.data.train) for term in over_tokens)
 
     def loss(params: Params, batch: Batch, step: jax.Array, given: Given) -> tuple[jax.Array, Metrics]:
-        seed = step_seed(config.seed, step)
-        n = batch.queries.pair.shape[0]
+        seed, done = step_seed(config.seed, step), step / steps
+        noise_seed = seed if uses_noise else None
+        ahead = jnp.minimum((step + 1) / m.anneal_attention, 1) if m.anneal_attention else None
         model = join(params["model"], given.get("base", {}))
+        value, metrics, routers = jnp.zeros(()), {}, None
+        if over_vectors:
+            value, metrics, routers = of_vectors(params["loss"], model, batch, seed, noise_seed, ahead, done, given)
+        if over_vectors and over_tokens:
+            metrics[f"loss/{over_vectors[0].label if len(over_vectors) == 1 else 'vectors'}"] = value
+        if over_tokens:
+            rows = _with_sources(batch, pair) if some_sources or m.experts.routing == "source" else batch.rows
+            added, said, routed = token_losses(config, factory, model, rows, pair.texts, seed, noise_seed, ahead, done)
+            value, metrics = value + added, metrics | said
+            routers = routed if routers is None else jax.tree.map(jnp.add, routers, routed)
+        if routers is not None:
+            added, said = router_loss(routers, config.router)
+            value, metrics = value + added, metrics | said
+        return value, metrics
+
+    return loss
+
+
+def _make_vector_loss(
+    config: Config, factory: ModelFactory, pair: PairShape, teacher: ModelFactory | None
+) -> Callable[..., tuple[jax.Array, Metrics, RouterSums | None]]:
+    """Returns what encodes a step's texts and compares their vectors: → (loss, metrics, what the routers did)."""
+    m, mask, layers = config.model, config.data.mask, config.matryoshka.layers
+
+    def loss(
+        params: LossParams,
+        model: Params,
+        batch: Batch,
+        seed: jax.Array,
+        noise_seed: jax.Array | None,
+        ahead: jax.Array | None,
+        done: jax.Array,
+        given: Given,
+    ) -> tuple[jax.Array, Metrics, RouterSums | None]:
+        n = batch.queries.pair.shape[0]
         rows = _with_sources(batch, pair) if m.experts.routing == "source" else batch.rows
-        vectors, routers = encode(factory, model, rows, n, pair.texts, seed if uses_noise else None, layers)
+        if mask.query or mask.document:
+            rows = noised(rows, mask, factory.language, pair.texts, seed)
+        vectors, routers = encode(factory, model, rows, n, pair.texts, noise_seed, layers, ahead)
         taught_queries = taught_documents = None
         if teacher:
             rows = batch.rows if batch.teacher_rows is None else batch.teacher_rows
@@ -103,11 +145,7 @@ def make_loss(
             )
             for queries, others in zip(*vectors)
         ]
-        value, metrics = objective(config, params["loss"], embedded)
-        if routers is not None:
-            added, said = router_loss(routers, config.router)
-            value, metrics = value + added, metrics | said
-        return value, metrics
+        return *objective(config, params, embedded, done), routers
 
     return loss
 
@@ -130,6 +168,7 @@ def encode(
     texts_per_pair: int,
     seed: jax.Array | None = None,
     layers: tuple[int, ...] = (),
+    ahead: jax.Array | None = None,
 ) -> tuple[tuple[jax.Array, jax.Array], RouterSums | None]:
     """Encodes a batch, one micro-batch at a time.
 
@@ -144,6 +183,7 @@ def encode(
       texts_per_pair: T, a query and what comes with it.
       seed: of the dropout masks; None for none.
       layers: depths at which vectors are wanted too.
+      ahead: how far attention has grown from causal; None where it does not.
 
     Returns:
       float32 vectors of the queries [1 + depths, N, E] and of what comes with each [1 + depths, N, T - 1, E], sharded
@@ -154,7 +194,9 @@ def encode(
     n_queries = n_pairs // (batch_shards(jax.sharding.get_abstract_mesh()) * micro_batches)
 
     def encode_rows(rows: Rows) -> tuple[jax.Array, RouterSums | None]:
-        noise = None if seed is None else Noise(seed, rows.segment_ids, rows.positions)
+        noise = None
+        if seed is not None or ahead is not None:
+            noise = Noise(jnp.uint32(0) if seed is None else seed, rows.segment_ids, rows.positions, ahead)
         return factory.bind(model).at_depths(rows, n_queries * texts_per_pair, noise, layers)
 
     if micro_batches == 1:
@@ -182,6 +224,7 @@ def build(
     """
     widths = factory.width, teacher.width if teacher else 0
     trained, _ = split(factory.abstract())
+    config = _without_idle(config, trained)
     abstract = {"model": trained, "loss": jax.eval_shape(lambda: loss_params(config, *widths))}
     optimizer = make_optimizer(config.optimizer, steps, abstract)
 
@@ -189,6 +232,18 @@ def build(
         return init_state(config, optimizer, model, *widths)
 
     return first_state, make_step(config, factory, optimizer, pair, steps, teacher)
+
+
+def _without_idle(config: Config, model: Params) -> Config:
+    """Returns the config with those parts of the model frozen that no loss of the stage has a use for.
+
+    Else weight decay would wear down the language head of an adapted model while its vectors are trained.
+    """
+    idle = () if terms_of(config, over_tokens=True) else (LANGUAGE,)
+    idle += () if terms_of(config) else ("projection/", "expansion/", "latent_attention/", "layer_mean/")
+    frozen = tuple((f"^model/{part}", 0.0) for part in idle if any(path.startswith(part) for path in flatten(model)))
+    by_regex = config.optimizer.by_regex + frozen
+    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, by_regex=by_regex))
 
 
 def make_step(
@@ -204,7 +259,7 @@ def make_step(
     A step whose loss or gradient norm is not finite changes nothing but the metrics, so that the last good state is
     never lost to a donated buffer.
     """
-    compute_loss = make_loss(config, factory, pair, teacher)
+    compute_loss = make_loss(config, factory, pair, teacher, steps)
     rate = schedule(config.optimizer, steps)
 
     def step(state: TrainState, batch: Batch, given: Given) -> tuple[TrainState, Metrics]:

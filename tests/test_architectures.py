@@ -51,6 +51,8 @@ SHAPES = {
     **dict.fromkeys(("mamba", "falcon_mamba", "bimamba", "bifalcon_mamba"), SSM),
     "mamba2": SSM2,
     "bimamba2": SSM2 | {"shared_directions": True},
+    "llada": {"d_model": 32, "n_layers": 2, "n_heads": 4, "mlp_hidden_size": 48, "max_sequence_length": 64},
+    "Dream": COMMON | {"num_key_value_heads": 2},
     "bamba": COMMON
     | {"num_hidden_layers": 2, "num_key_value_heads": 2, "mamba_d_state": 4, "mamba_d_head": 8, "mamba_n_groups": 2},
 }
@@ -81,7 +83,8 @@ def tokenizers(tmp_path_factory):
         token["id"] = vocab[token["content"]]
     (folder / "mpnet.json").write_text(json.dumps(shifted))
     save_qwen(folder / "qwen.json")
-    return {"mpnet": folder / "mpnet.json", "qwen2": folder / "qwen.json", "": plain}
+    qwen = dict.fromkeys(("qwen2", "Dream"), folder / "qwen.json")
+    return {"mpnet": folder / "mpnet.json", **qwen, "": plain}
 
 
 def save_qwen(path) -> None:

@@ -59,6 +59,9 @@ def test_defaults_are_refused_for_want_of_a_length_and_data():
         config_lib.load(config_lib.default_config())
 
 
+WORDS = {"loss__name": "masked_diffusion"}
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -120,7 +123,30 @@ def test_unknown_fields_wrong_types_and_wrong_choices(changes, message):
         ({"batch_size": 0}, "config.batch_size = 0: must be at least 1"),
         ({"grad_cache": 0}, "config.grad_cache = 0: must be at least 1"),
         ({"log_every": 0}, "config.log_every = 0: must be at least 1"),
-        ({"data__positives": 0}, "config.data.positives = 0: must be at least 1"),
+        ({"data__positives": 0}, "config.data.positives = 0: losses over vectors compare queries with positives"),
+        ({"data__positives": -1}, "config.data.positives = -1: must not be negative"),
+        ({"data__mask__query": 1.0}, "config.data.mask.query = 1: must be in [0, 1)"),
+        ({"loss__mask_rate": 0.2}, "config.loss.mask_rate = 0.2: infonce takes none"),
+        ({"loss__weight_end": -0.5}, "config.loss.weight_end = -0.5: must not be negative"),
+        ({**WORDS, "loss__mask_least": 0.0}, "config.loss.mask_least = 0: must be above 0"),
+        ({**WORDS, "loss__sides": ()}, "config.loss.sides = (): wants 'query', 'document' or both"),
+        (
+            {**WORDS, "data__positives": 0, "loss__sides": ("document",)},
+            "config.data.positives = 0 leaves queries alone",
+        ),
+        ({**WORDS, "data__mask__query": 0.1}, "config.data.mask is about texts that become vectors"),
+        ({**WORDS, "matryoshka__dims": (16,)}, "config.matryoshka is about vectors"),
+        ({**WORDS, "loss__temperature": 0.1}, "config.loss.temperature = 0.1: masked_diffusion takes none"),
+        (
+            {"loss__name": "masked_lm", "loss__random_rate": 0.6, "loss__keep_rate": 0.6},
+            "config.loss.random_rate = 0.6, .keep_rate = 0.6: parts, at most 1 together",
+        ),
+        ({"loss__name": "masked_lm", "loss__mask_rate": 0.0}, "config.loss.mask_rate = 0: must be above 0"),
+        (
+            {**WORDS, "model__anneal_attention": 5, "model__attention_kernel": "pallas"},
+            "config.model.anneal_attention needs config.model.attention_kernel",
+        ),
+        ({"eval__draws": 0}, "config.eval.draws = 0: must be at least 1"),
         ({"data__prefetch": 0}, "config.data.prefetch = 0: must be at least 1"),
         ({"checkpoint__every": 0}, "config.checkpoint.every = 0: must be at least 1"),
         ({"checkpoint__keep": 0}, "config.checkpoint.keep = 0: must be at least 1"),
@@ -236,7 +262,7 @@ def test_unknown_fields_wrong_types_and_wrong_choices(changes, message):
         ({"optimizer__by_regex": (("(", 1.0),)}, "'(' is not a regular expression"),
         ({"mesh__tensor": 0}, "axis sizes are at least 1, or -1 once"),
         ({"mesh__fsdp": -1}, "only one axis may be -1"),
-        ({"eval__every": 5}, "config.eval.every is set but config.eval.sts, .retrieval, .pairs and"),
+        ({"eval__every": 5}, "config.eval.every is set but config.eval.sts, .retrieval, .pairs, .clas"),
         ({"checkpoint__best": "eval/sts/x"}, "needs config.eval.every and an evaluation set"),
         ({"checkpoint__best": "eval/sts/x", "eval__sts": ("x",)}, "needs config.eval.every and an evaluation set"),
     ],

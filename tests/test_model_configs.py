@@ -8,7 +8,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-from test_architectures import make
+from test_architectures import make, save_qwen
 from tiny_run import sentence, write_lines, write_tokenizer
 
 from jaxembed import config as config_lib
@@ -28,6 +28,8 @@ NAMES = (
     "mamba_retriever_130m",
     "mamba2_long",
     "bimamba",
+    "diffembed_dream_7b_lora",
+    "llada_8b_lora",
 )
 STEPS = 2
 
@@ -65,8 +67,11 @@ def test_the_tiny_mode_trains_exports_and_verifies(name, tmp_path, monkeypatch):
     c.data.train[0].path = str(write_lines(tmp_path / "pairs.jsonl", rows))
     c.data.cache_dir = str(tmp_path / "cache")
     if c.model.init != "scratch":
-        tokenizers = {"": write_tokenizer(tmp_path / "tokenizer.json")}
-        make("mistral", "native", tokenizers, sharding.make_mesh(MeshConfig())).save(tmp_path / "base")
+        write = save_qwen if "dream" in name else write_tokenizer
+        write(tmp_path / "tokenizer.json")
+        tokenizers = {"": tmp_path / "tokenizer.json"}
+        base = "Dream" if "dream" in name else "mistral"
+        make(base, "native", tokenizers, sharding.make_mesh(MeshConfig())).save(tmp_path / "base")
         c.model.init = f"hf:{tmp_path / 'base'}"
     last = trainer.train(config_lib.load(c), tmp_path / "run")
     assert last["step"] == STEPS and math.isfinite(last["loss"])

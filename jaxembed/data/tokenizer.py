@@ -28,6 +28,9 @@ _CUSTOMARY = {
     "sep_token": ("[SEP]", "</s>"),
     "mask_token": ("[MASK]", "<mask>"),
 }
+# Tokenizers that are code on the hub, which is not run → the class of transformers that does the same.
+_KIN = {"DreamTokenizer": "Qwen2TokenizerFast"}
+_MASK_WORD = "jaxembed_mask_word"  # in tokenizer_config.json, see `Tokenizer.with_mask`
 _OTHER_FILES = ("vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model", "tokenizer.model")
 
 
@@ -47,6 +50,7 @@ class Tokenizer:
         special_tokens: Mapping[str, str],
         extra_special_tokens: Sequence[str] = (),
         truncation_side: str = "right",
+        mask_word: str = "",
     ) -> None:
         """Takes over `backend`, whose padding and truncation are switched off.
 
@@ -55,6 +59,7 @@ class Tokenizer:
           special_tokens: 'pad_token', 'cls_token' … → token. Those absent from the vocabulary are dropped.
           extra_special_tokens: further special tokens, without a role.
           truncation_side: 'right' or 'left', where a text that is too long is cut.
+          mask_word: a word of the vocabulary that stands for masked ones, in place of a special token; '' for none.
         """
         backend.no_padding()
         backend.no_truncation()
@@ -69,6 +74,9 @@ class Tokenizer:
         self.pad_id, self.cls_id, self.sep_id, self.eos_id, self.mask_id = (
             self._id(role) for role in ("pad_token", "cls_token", "sep_token", "eos_token", "mask_token")
         )
+        self._mask_word = mask_word
+        if mask_word:
+            self.mask_id = backend.token_to_id(mask_word)
         # What the post-processor adds, seen on a text: the marks of the text's own tokens are 0. `_frame` counts the
         # special tokens before each copy of the text and behind the last.
         processor, backend.post_processor = backend.post_processor, None
@@ -85,6 +93,7 @@ class Tokenizer:
         self.n_suffix = self._frame[-1]
         self._prefix_ids = example.ids[: self._frame[0]]
         self._suffix_ids = example.ids[len(example.ids) - self.n_suffix :]
+        self._added_ids = {i for i, special in zip(example.ids, example.special_tokens_mask) if special}
 
     @classmethod
     def load(cls, spec: str) -> "Tokenizer":
@@ -218,6 +227,33 @@ class Tokenizer:
             raise UserError(f"{where}: the tokenizer has no end token (eos_token) to put behind every text and pool")
         return self._framed([self._prefix_ids], [*self._suffix_ids, self.eos_id])
 
+    def with_mask(self, token: str) -> "Tokenizer":
+        """Returns the tokenizer whose mask token this is.
+
+        One that it does not know comes behind its others, as a special token. A word of its vocabulary stays one: as a
+        special token it would be cut out of texts, also by transformers, for which it has no role therefore.
+        """
+        known = self._backend.token_to_id(token)
+        if known is not None and known == self.mask_id:
+            return self
+        settings = (self._extra, self._truncation_side)
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        if known is None:
+            backend.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True)])
+        if known is None or known in backend.get_added_tokens_decoder():
+            return Tokenizer(backend, {**self._special, "mask_token": token}, *settings)
+        return Tokenizer(backend, self._special, *settings, token)
+
+    def token(self, token_id: int) -> str:
+        """Returns the token of an id, '' where there is none."""
+        return (self._backend.id_to_token(token_id) if token_id >= 0 else None) or ""
+
+    @functools.cached_property
+    def framing_ids(self) -> tuple[int, ...]:
+        """The ids of what is no word: of special tokens with a role but the unknown word's, and of what texts get."""
+        roles = {self._id(role) for role in self._special if role != "unk_token"}
+        return tuple(sorted((roles | self._added_ids | {self.mask_id}) - {-1}))
+
     def with_template(self, template: Template, where: str) -> "Tokenizer":
         """Returns the tokenizer that puts every text into a template.
 
@@ -284,6 +320,7 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
             "model_input_names": ["input_ids", "attention_mask"],
             **special,
+            **({_MASK_WORD: self._mask_word} if self._mask_word else {}),
         }
         self._backend.save(str(folder / "tokenizer.json"))
         for name, content in (("tokenizer_config.json", config), ("special_tokens_map.json", special)):
@@ -301,7 +338,7 @@ class Tokenizer:
             if i < len(before):
                 single.append("$A")
         backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=pieces)
-        return Tokenizer(backend, self._special, self._extra, self._truncation_side)
+        return Tokenizer(backend, self._special, self._extra, self._truncation_side, self._mask_word)
 
     @functools.cached_property
     def in_template(self) -> bool:
@@ -322,10 +359,12 @@ def _convert(folder: pathlib.Path) -> Tokenizer:
     """Lets transformers make a fast tokenizer from the vocabulary files of a folder without tokenizer.json."""
     if not any((folder / name).is_file() for name in _OTHER_FILES):
         raise UserError(f"tokenizer: {folder} holds no tokenizer.json and none of {', '.join(_OTHER_FILES)}")
-    from transformers import AutoTokenizer  # seconds to import, and rarely needed
+    import transformers  # seconds to import, and rarely needed
 
+    named = str(_read_json(folder / _SETTINGS[0]).get("tokenizer_class"))
+    kind = getattr(transformers, _KIN.get(named, "AutoTokenizer"))
     try:
-        converted = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        converted = kind.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
         backend = tokenizers.Tokenizer.from_str(converted.backend_tokenizer.to_str())
     except Exception as error:  # whatever a broken vocabulary leads to
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -354,7 +393,9 @@ def _with_settings(
         raise UserError(
             f"{folder / 'tokenizer_config.json'}: truncation_side = {truncation_side!r}, wants right or left"
         )
-    return Tokenizer(backend, found, tuple(dict.fromkeys(extra)), truncation_side)
+    word = config.get(_MASK_WORD)
+    word = word if isinstance(word, str) and backend.token_to_id(word) is not None else ""
+    return Tokenizer(backend, found, tuple(dict.fromkeys(extra)), truncation_side, word)
 
 
 def _lower_case(backend: tokenizers.Tokenizer) -> None:

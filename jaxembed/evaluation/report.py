@@ -1,6 +1,7 @@
 """Scores as metrics and as tables.
 
-Results are a dict by task, 'KIND/NAME' or, of a baseline, 'bm25/KIND/NAME', of that kind's metrics, each times 100.
+Results are a dict by task, 'KIND/NAME' or, of a baseline, 'bm25/KIND/NAME', of that kind's metrics, each times 100; but
+those of texts that are predicted, 'texts/NAME', are as they are: nats, and parts of 1.
 """
 
 from collections.abc import Sequence
@@ -12,14 +13,23 @@ from jaxembed.evaluation.mteb_tasks import MtebScore
 
 BM25 = "bm25/"  # before the names of BM25's results
 # kind of task → the metric that stands for it
-MAIN_METRIC = {"sts": "spearman", "retrieval": "ndcg@10", "pairs": "ndcg@10", "classification": "accuracy"}
+MAIN_METRIC = {
+    "sts": "spearman",
+    "retrieval": "ndcg@10",
+    "pairs": "ndcg@10",
+    "classification": "accuracy",
+    "texts": "elbo",
+}
+_DECIMALS = {"texts": 4}  # 2 of the others
 _TITLES = {
     "sts": "Similarity",
     "retrieval": "Retrieval",
     "pairs": "Retrieval among pairs",
     "classification": "Classification",
+    "texts": "Texts predicted (nats per word)",
 }
 
+LOWER_IS_BETTER = ("perplexity", "elbo_stderr")  # of the metrics
 Results = dict[str, dict[str, float]]  # task → metric → score
 
 
@@ -52,7 +62,7 @@ def scores_tables(results: Results, baselines: Results) -> list[Table]:
             tables[kind] = _table(_TITLES[kind])
             for metric in scores:
                 tables[kind].add_column(metric, justify="right", no_wrap=True)
-        tables[kind].add_row(name, *_cells(scores))
+        tables[kind].add_row(name, *_cells(scores, _DECIMALS.get(kind, 2)))
         if BM25 + task in baselines:
             tables[kind].add_row("  BM25", *_cells(baselines[BM25 + task]), style="dim")
     return list(tables.values())
@@ -75,8 +85,8 @@ def _table(title: str) -> Table:
     return table
 
 
-def _cells(scores: dict[str, float]) -> list[str]:
-    return [f"{score:.2f}" for score in scores.values()]
+def _cells(scores: dict[str, float], decimals: int = 2) -> list[str]:
+    return [f"{score:.{decimals}f}" for score in scores.values()]
 
 
 def _metric_name(task: str) -> str:

@@ -8,6 +8,8 @@ from jaxembed.errors import UserError
 from jaxembed.evaluation.lines import find_file
 from jaxembed.storage import AnyPath, path_of
 
+_PLAIN = re.compile(r"\.txt(\.gz)?$")
+
 
 def require_sets(config: EvalConfig, prefix: str) -> None:
     """Refuses sets that are not there.
@@ -19,8 +21,10 @@ def require_sets(config: EvalConfig, prefix: str) -> None:
     Raises:
       UserError: a file or folder is missing; names the field.
     """
-    for spec in config.pairs:
-        check_place(SourceConfig(**parse_spec(spec)), f"{prefix}pairs")
+    for kind, specs in (("pairs", config.pairs), ("texts", config.texts)):
+        for spec in specs:
+            if kind == "pairs" or not is_plain(spec) or not path_of(spec).is_file():
+                check_place(SourceConfig(**parse_spec(spec)), f"{prefix}{kind}")
     checks = {"sts": existing_file, "retrieval": retrieval_files, "classification": classification_files}
     for kind, check in checks.items():
         for spec in getattr(config, kind):
@@ -42,6 +46,16 @@ def existing_file(spec: str) -> AnyPath:
     if not path.is_file():
         raise UserError(f"no such file or folder: {spec}")
     return path
+
+
+def is_plain(spec: str) -> bool:
+    """Whether a set of texts is a plain file, a text per line."""
+    return _PLAIN.search(spec) is not None
+
+
+def plain_name(path: AnyPath) -> str:
+    """Returns a plain file's name without its endings."""
+    return _PLAIN.sub("", path.name)
 
 
 def retrieval_files(spec: str) -> tuple[AnyPath, AnyPath, AnyPath]:

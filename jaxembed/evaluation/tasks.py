@@ -12,6 +12,7 @@ from jaxembed.embedder import Embedder
 from jaxembed.errors import UserError
 from jaxembed.evaluation.bm25 import evaluate_bm25
 from jaxembed.evaluation.classification import ClassificationData, evaluate_classification, read_classification
+from jaxembed.evaluation.likelihood import TextsData, evaluate_likelihood, read_texts
 from jaxembed.evaluation.pairs import read_pairs
 from jaxembed.evaluation.report import BM25, Results
 from jaxembed.evaluation.retrieval import RetrievalData, evaluate_retrieval, read_retrieval
@@ -19,7 +20,7 @@ from jaxembed.evaluation.search import top_k
 from jaxembed.evaluation.sts import StsData, evaluate_sts, read_sts
 from jaxembed.evaluation.vectors import NO_PROMPT
 
-Data = TypeVar("Data", StsData, RetrievalData, ClassificationData)
+Data = TypeVar("Data", StsData, RetrievalData, ClassificationData, TextsData)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +31,16 @@ class Tasks:
       sts: similarity sets, 'sts/NAME'.
       retrieval: retrieval sets, 'retrieval/NAME' and 'pairs/NAME'.
       classification: classification sets, 'classification/NAME'.
+      texts: texts to predict, 'texts/NAME'.
+      draws: masks of each of these.
       bm25: whether BM25 is scored too.
     """
 
     sts: dict[str, StsData]
     retrieval: dict[str, RetrievalData]
     classification: dict[str, ClassificationData]
+    texts: dict[str, TextsData]
+    draws: int
     bm25: bool
 
     @classmethod
@@ -52,13 +57,18 @@ class Tasks:
         beir = _by_name("retrieval", map(read_retrieval, config.retrieval))
         pairs = _by_name("pairs", (read_pairs(spec, f"{prefix}pairs") for spec in config.pairs))
         classification = _by_name("classification", map(read_classification, config.classification))
-        return cls(_by_name("sts", map(read_sts, config.sts)), beir | pairs, classification, config.bm25)
+        texts = _by_name("texts", (read_texts(spec, f"{prefix}texts") for spec in config.texts))
+        sts = _by_name("sts", map(read_sts, config.sts))
+        return cls(sts, beir | pairs, classification, texts, config.draws, config.bm25)
 
     def evaluate(self, embedder: Embedder, show_progress_bar: bool = False) -> Results:
         """Scores a model on all sets, on its mesh.
 
         Queries and documents are encoded with their own prompts, other texts with the model's default prompt, and
-        vectors compared as the model says, as in sentence-transformers.
+        vectors compared as the model says, as in sentence-transformers. Texts to predict have no prompt.
+
+        Raises:
+          UserError: a set wants what the model does not have: vectors that are finite, words that it predicts.
         """
 
         def encode(texts: Sequence[str], prompt_name: str) -> np.ndarray:
@@ -71,6 +81,8 @@ class Tasks:
             results[task] = evaluate_retrieval(data, encode, search, similarity)
         for task, data in self.classification.items():
             results[task] = evaluate_classification(data, encode)
+        for task, data in self.texts.items():
+            results[task] = evaluate_likelihood(data, embedder, self.draws, show_progress_bar)
         return results
 
     def baselines(self) -> Results:

@@ -15,6 +15,7 @@ from jaxembed.hf import (
     bamba,
     bert,
     decoders,
+    diffusion,
     jina_bert,
     mamba,
     modernbert,
@@ -74,6 +75,9 @@ class Architecture:
       elsewhere: of a folder with `code`, what programs but transformers make of it: a sentence.
       all_states: whether `hf_class` gives the states of the embeddings, of every layer, and the last ones normed: what
         sentence-transformers makes a mean of layers of.
+      portable_as: config.json → that of the architecture in transformers as which a model is written, its weights under
+        other names. Such a one's own class is code on the hub, and its own layout written only where that is asked for.
+        None: it is written as what it is.
     """
 
     model_type: str
@@ -99,6 +103,7 @@ class Architecture:
     code: pathlib.Path | None = None
     elsewhere: str = ""
     all_states: bool = True
+    portable_as: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -239,6 +244,20 @@ def _bamba() -> Architecture:
     )
 
 
+def _diffusion(model_type: str, hf_class: str, **others: Any) -> Architecture:
+    """A diffusion language model: a decoder's block, seen from both sides."""
+    return Architecture(
+        model_type=model_type,
+        hf_class=hf_class,
+        backbone=Transformer,
+        attention={"bidirectional": {}},
+        fixed_attention=True,
+        prefixes=("",),
+        transformers="4.46.0",
+        **others,
+    )
+
+
 ARCHITECTURES: dict[str, Architecture] = {
     entry.model_type: entry
     for entry in (
@@ -300,6 +319,32 @@ ARCHITECTURES: dict[str, Architecture] = {
             transformers="4.48.0",
         ),
         *map(_decoder, decoders.FAMILIES.values()),
+        _diffusion(
+            "llada",
+            "LLaDAModelLM",
+            config_from_hf=diffusion.llada_config,
+            fresh_hf_config=diffusion.fresh_llada,
+            rows=diffusion.llada_rows,
+            unused=diffusion.llada_head,
+            ignored=diffusion.LLADA_IGNORED,
+            renames=diffusion.LLADA_RENAMES,
+            rope=diffusion.LLADA_ROPE,
+            depth="n_layers",
+            portable_as=diffusion.as_llama,
+        ),
+        _diffusion(
+            "Dream",
+            "DreamModel",
+            config_from_hf=diffusion.dream_config,
+            fresh_hf_config=diffusion.fresh_dream,
+            rows=diffusion.dream_rows,
+            unused=diffusion.dream_head,
+            ignored=diffusion.DREAM_IGNORED,
+            renames=diffusion.DREAM_RENAMES,
+            rope=diffusion.QWEN2.rope,
+            cuts=qwen_words,
+            portable_as=diffusion.as_qwen2,
+        ),
         _bamba(),
         _mamba("mamba", "4.39.0"),
         _mamba("mamba2", "4.44.0"),

@@ -5,6 +5,7 @@ folders, read it.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -18,12 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxembed.errors import UserError
-from jaxembed.hf.architectures import ANY_TRANSFORMERS, Architecture
+from jaxembed.hf.architectures import ANY_TRANSFORMERS, Architecture, architecture_of
 from jaxembed.hf.attention_modes import IS_CAUSAL_SINCE, portable
 from jaxembed.hf.files import read_optional_json
 from jaxembed.hf.folder import LATENT_ATTENTION, LEGACY_POOLING, POOLING_MODES
+from jaxembed.hf.language_heads import language_of, language_rows
 from jaxembed.hf.safetensors_io import write_tensors
-from jaxembed.hf.table import Row, export_tensors
+from jaxembed.hf.table import Row, export_tensors, leaves_of
 from jaxembed.hf.weights import DENSE_BIAS, DENSE_WEIGHT, LATENT_ROWS, LAYER_WEIGHTS, dense_rows
 from jaxembed.hf.word_rules import require_cut
 from jaxembed.storage import AnyPath, StorePath, filling
@@ -80,6 +82,8 @@ def write_folder(
 ) -> None:
     """Writes the folder, all of it or nothing.
 
+    A model whose class is not in transformers is written as its kin that is: see `Architecture.portable_as`.
+
     Args:
       out: the folder to make. One that this function wrote, or an empty one, is replaced.
       hf_config: config.json of the checkpoint that training began with, or from `architecture.fresh_hf_config`.
@@ -108,6 +112,9 @@ def write_folder(
     """
     if architecture.config_from_hf(hf_config, "hf_config") != config:
         raise ValueError(f"hf_config does not describe the backbone {config}")
+    if architecture.portable_as:
+        hf_config = architecture.portable_as(hf_config)
+        architecture = architecture_of(hf_config)
     if not portable(hf_config):
         raise UserError(
             f"{out}: no folder can say to other programs what this model's attention sees (config.model.attention, "
@@ -158,6 +165,60 @@ def write_folder(
         _write_json(folder / SETTINGS, settings)
         for name, content in (extra_files or {}).items():
             (folder / name).write_bytes(content)
+
+
+def hub_rows(architecture: Architecture, hf_config: Mapping[str, Any], config: Any, trained: bool) -> tuple[Row, ...]:
+    """Returns the table of a model in the layout of the hub; `trained`: with the head that predicts words."""
+    return (*architecture.rows(config), *(language_rows(hf_config, config) if trained else ()))
+
+
+def write_hub_folder(
+    out: AnyPath,
+    *,
+    hf_config: Mapping[str, Any],
+    architecture: Architecture,
+    leaves: Mapping[str, Array],
+    tokenizer: SavedTokenizer,
+    max_length: int,
+    dtype: str = "float32",
+    unused: Mapping[str, np.ndarray] | None = None,
+) -> None:
+    """Writes a folder for a model's own code on the hub, all of it or nothing: no part of it speaks of embeddings.
+
+    That code is not in the folder: config.json says of it what it said when it was read.
+
+    Args:
+      out: the folder to make; must not be there, or be empty.
+      hf_config: config.json as it was read; a dtype that it names becomes that of the tensors.
+      architecture: of the backbone; has `portable_as`.
+      leaves: path → array of every leaf of the backbone, and of the head that predicts words where that was trained,
+        'language/…'.
+      tokenizer: writes its own files.
+      max_length: longest text in tokens, of the tokenizer's files.
+      dtype: of the tensors written: 'float32' | 'bfloat16' | 'float16'.
+      unused: from `jaxembed.hf.weights.unused_tensors`: the head, where it was not trained.
+
+    Raises:
+      UserError: something is at `out`, or it cannot be written; the model has no head that predicts words.
+    """
+    config, kind, unused = architecture.config_from_hf(hf_config), jnp.dtype(dtype), unused or {}
+    trained = any(path.startswith("language/") for path in leaves)
+    rows = hub_rows(architecture, hf_config, config, trained)
+    others = [] if trained or not language_of(hf_config).own_table else list(architecture.unused(config).items())
+    for name, shape in others:
+        if name not in unused or unused[name].shape != shape:
+            raise UserError(
+                f"{out}: in the layout of the hub there is a head that predicts words, {name}; this model has none: "
+                "start from a checkpoint, or train with a loss over words; or leave --layout=hub out"
+            )
+    said = {key: dtype for key in ("dtype", "torch_dtype") if key in hf_config}
+    with replacing(out, lambda _: False, "config.json") as folder:
+        _write_json(folder / "config.json", {**hf_config, **said})
+        made = export_tensors(rows, {path: leaves[path] for path in leaves_of(rows)}, config.layers)
+        tensors = ((name, tensor.astype(kind, copy=False)) for name, tensor in made)
+        kept = ((name, unused[name].astype(kind, copy=False)) for name, _ in others)
+        write_tensors(folder, itertools.chain(tensors, kept))
+        tokenizer.save(folder, max_length)
 
 
 def _model_config(hf_config: Mapping[str, Any], architecture: Architecture, dtype: str) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def _one_loss(c: Config, loss: LossConfig, where: str) -> None:
     name = loss.name
     require(name in LOSSES, f"{where}.name = {name!r}: known losses: {', '.join(LOSSES)}{nearest(name, LOSSES)}")
     entry, plain = LOSSES[name], LossConfig()
-    takes = {"name", "label", "weight", *entry.takes} | (
+    takes = {"name", "label", "weight", "weight_end", *entry.takes} | (
         {"learn_temperature"} if "temperature" in entry.takes else set()
     )
     for field in dataclasses.fields(loss):

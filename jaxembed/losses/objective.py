@@ -54,13 +54,19 @@ class Size:
         return "_".join(f"{name}{n}" for name, n in (("layers", self.layers), ("dim", self.width)) if n) or "full"
 
 
-def terms_of(config: Config) -> tuple[Term, ...]:
-    """Returns the losses of a run."""
+def terms_of(config: Config, over_tokens: bool = False) -> tuple[Term, ...]:
+    """Returns the losses of a run over vectors, or those over tokens."""
     sources = config.data.train
     return tuple(
         Term(loss, loss.title, tuple(i for i, source in enumerate(sources) if source.trains(loss)))
         for loss in config.all_losses
+        if LOSSES[loss.name].over_tokens == over_tokens
     )
+
+
+def weight_of(loss: LossConfig, done: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
+    """Returns a loss's weight in the sum, after the part `done` of a stage's steps."""
+    return loss.weight if loss.weight_end < 0 else loss.weight + (loss.weight_end - loss.weight) * done
 
 
 def sizes_of(config: MatryoshkaConfig) -> tuple[Size, ...]:
@@ -98,8 +104,10 @@ def loss_params(config: Config, width: int, teacher_width: int) -> LossParams:
     return params
 
 
-def objective(config: Config, params: LossParams, depths: Sequence[Embedded]) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Computes a step's loss.
+def objective(
+    config: Config, params: LossParams, depths: Sequence[Embedded], done: jax.typing.ArrayLike = 0.0
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Computes a step's loss over vectors.
 
     Several losses are summed by their weights. Over several sizes the result is the mean by `matryoshka.weights`,
     each size but the full one with its divergence from the full one, if asked for.
@@ -108,6 +116,7 @@ def objective(config: Config, params: LossParams, depths: Sequence[Embedded]) ->
       config: the run's.
       params: the losses' own parameters.
       depths: the texts' vectors, of the full backbone, then of each of `matryoshka.layers`.
+      done: part of the stage's steps that are done, on which weights may depend.
 
     Returns:
       The loss, a float32 scalar, and float32 scalar metrics: those of each loss at full size, `loss/LABEL` of each of
@@ -121,7 +130,7 @@ def objective(config: Config, params: LossParams, depths: Sequence[Embedded]) ->
     for size, weight in zip(sizes, weights):
         embedded = _resized(depths[size.depth], size.width, config.model.normalize)
         values = [_term(term, params.get(term.label, {}), embedded, size.width) for term in terms]
-        value = sum(term.config.weight * loss for term, (loss, _) in zip(terms, values))
+        value = sum(weight_of(term.config, done) * loss for term, (loss, _) in zip(terms, values))
         if size == Size():
             metrics |= _named(terms, values)
         elif config.matryoshka.kl:

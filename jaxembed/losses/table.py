@@ -22,12 +22,15 @@ class Entry:
       needs: what every record of its sources must have (SCORES, COSINES, MATCHES, NEGATIVES,
         NEGATIVE_QUERIES), or the run (TEACHER), or one of both (SCORES_OR_TEACHER).
       learns: parameters of its own that it always trains: 'bias', 'projection'.
+      over_tokens: whether it is about tokens and not vectors. The function is called with the `Tokens` of some rows and
+        returns the `Questions` that a language model is asked; see `jaxembed.losses.predicting`.
     """
 
     where: str
     takes: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     learns: tuple[str, ...] = ()
+    over_tokens: bool = False
 
     def load(self) -> Callable:
         """Imports the function."""
@@ -35,6 +38,8 @@ class Entry:
         return getattr(importlib.import_module(f"jaxembed.losses.{module}"), function)
 
 
+_PREDICTING = ("sides", "tile")  # fields of all losses over tokens
+_MASKED = ("mask_rate", "random_rate", "keep_rate", *_PREDICTING)
 _NEGATIVES = ("false_negatives", "false_negative_margin", "false_negative_blocks", "hard_negatives")
 _INFONCE = ("temperature", "blocks", "partition", "margin", "hardness", "hardness_of", "focal", "mixed_negatives")
 
@@ -54,4 +59,10 @@ LOSSES: dict[str, Entry] = {
     "kl": Entry("distillation:kl", ("temperature", "teacher_temperature"), needs=(NEGATIVES, SCORES_OR_TEACHER)),
     "match": Entry("distillation:match", ("similarity_weight",), needs=(TEACHER,), learns=("projection",)),
     "spread_out": Entry("spread_out:spread_out"),
+    "masked_diffusion": Entry(
+        "masked_diffusion:masked_diffusion", ("mask_least", "mask_draws", "predicts", *_PREDICTING), over_tokens=True
+    ),
+    "masked_lm": Entry("predicting:masked_lm", _MASKED, over_tokens=True),
+    "masked_next_token": Entry("predicting:masked_next_token", _MASKED, over_tokens=True),
+    "next_token": Entry("predicting:next_token", _PREDICTING, over_tokens=True),
 }

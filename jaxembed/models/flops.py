@@ -26,7 +26,7 @@ from jaxembed.models.lora import Lora, is_adapter
 from jaxembed.models.mamba import MambaConfig
 from jaxembed.models.modernbert import ModernBertConfig
 from jaxembed.models.options import per_layer
-from jaxembed.models.text_encoder import BACKBONE, ModelFactory, flatten
+from jaxembed.models.text_encoder import BACKBONE, LANGUAGE, ModelFactory, flatten
 from jaxembed.models.transformer import TransformerConfig
 
 if TYPE_CHECKING:  # models/ knows nothing of where models come from
@@ -50,6 +50,9 @@ class StepFlops:
       heads: H and K; 0 and 0 where no layer attends. A pair of tokens in one layer, where the first sees the second,
         counts 4 H K.
       layers: (whether causal, reach; 0 = any distance) → how many layers attend so.
+      vectors: whether the step makes vectors of its texts.
+      predicted: of each loss over tokens, which reads the texts once more, the part of the tokens that it asks for.
+      per_word: of the language head, for a token that is asked for. frozen_per_word: what of it is not trained.
     """
 
     per_token: int
@@ -57,18 +60,33 @@ class StepFlops:
     per_text: int
     heads: tuple[int, int]
     layers: tuple[tuple[tuple[bool, int], int], ...]
+    vectors: bool = True
+    predicted: tuple[float, ...] = ()
+    per_word: int = 0
+    frozen_per_word: int = 0
 
     @classmethod
-    def of(cls, blueprint: "Blueprint", factory: ModelFactory, lora: Lora | None = None) -> "StepFlops":
+    def of(
+        cls,
+        blueprint: "Blueprint",
+        factory: ModelFactory,
+        lora: Lora | None = None,
+        vectors: bool = True,
+        predicted: tuple[float, ...] = (),
+    ) -> "StepFlops":
         """Counts a model's operations from its parameters' shapes; needs a mesh set.
 
         Args:
           blueprint: the model's; its backbone says what attention sees.
           factory: the model's maker, with its adapters where it has any.
           lora: the adapters, with which the backbone's own kernels are not trained; None without.
+          vectors: whether the step has losses over vectors.
+          predicted: of each of its losses over tokens, the part of the tokens that it asks for.
         """
         leaves = flatten(factory.abstract())
         kernels = {path: 2 * math.prod(x.shape) for path, x in leaves.items() if _is_kernel(path)}
+        transform = sum(kernels.pop(path) for path in [*kernels] if path.startswith(LANGUAGE))
+        per_word = transform + 2 * blueprint.backbone.width * blueprint.backbone.vocab_size if predicted else 0
         if shape := blueprint.experts:
             taken = 1 if shape.by_source else shape.top_k
             kernels |= {path: kernels[path] // shape.count * taken for path in _EXPERTS if path in kernels}
@@ -85,6 +103,10 @@ class StepFlops:
             per_text=per_text,
             heads=next((leaves[path].shape[-2:] for path in _QUERIES if path in leaves), (0, 0)),
             layers=tuple(Counter(_seen(blueprint.backbone)).items()),
+            vectors=vectors,
+            predicted=predicted,
+            per_word=per_word,
+            frozen_per_word=per_word if lora else 0,
         )
 
     def forward(self, lengths: np.ndarray) -> float:
@@ -100,8 +122,11 @@ class StepFlops:
         Args:
           lengths: integers of any shape, tokens of each text of a step; 0 where there is no text.
         """
-        products = 3 * self._linear(self.per_token, lengths) - int(lengths.sum()) * self.frozen_per_token
-        return float(products + 3 * self._attention(lengths))
+        tokens = int(lengths.sum())
+        reading = tokens * (3 * self.per_token - self.frozen_per_token) + 3 * self._attention(lengths)
+        of_texts = 3 * int(np.count_nonzero(lengths)) * self.per_text if self.vectors else 0
+        of_words = tokens * sum(self.predicted) * (3 * self.per_word - self.frozen_per_word)
+        return float((self.vectors + len(self.predicted)) * reading + of_texts + of_words)
 
     def _linear(self, per_token: int, lengths: np.ndarray) -> int:
         return int(lengths.sum()) * per_token + int(np.count_nonzero(lengths)) * self.per_text

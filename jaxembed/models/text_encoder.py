@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxembed.data.batch import Rows
+from jaxembed.models.language_head import LanguageConfig, LanguageHead
 from jaxembed.models.latent_attention import LatentAttention
 from jaxembed.models.layers.dropout import Noise
 from jaxembed.models.layers.linear import Linear
@@ -23,6 +24,7 @@ from jaxembed.sharding import BATCH
 
 Params = dict[str, Any]  # a nested dict of arrays, the model's or the whole run's
 BACKBONE = "backbone/"  # begins the paths of its parameters
+LANGUAGE = "language/"  # of its language head's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +84,9 @@ class TextEncoder(nnx.Module):
       config: the backbone's frozen config; has `width` and `initializer_range`.
       head: the head's.
       options: how to compute.
-      lora: adapters of the backbone; None for none. With them the backbone's other weights are not trained, so they are
-        held in the dtype of the computation.
+      lora: adapters of the backbone; None for none. With them the backbone's other weights and the language head's are
+        not trained, so they are held in the dtype of the computation.
+      language: how it predicts words; None for a model that only makes vectors.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class TextEncoder(nnx.Module):
         head: HeadConfig,
         options: ModelOptions,
         lora: Lora | None = None,
+        language: LanguageConfig | None = None,
     ) -> None:
         backbone_key, head_key = jax.random.split(key)
         of_backbone = dataclasses.replace(options, param_dtype=options.dtype) if lora else options
@@ -124,6 +128,9 @@ class TextEncoder(nnx.Module):
         if head.projection:
             narrow = ((None, head.projection),)
             self.projection = Linear(head_key, width, narrow, stddev, dtype, head.projection_bias)
+        if language:
+            table, held = (config.padded_vocab, config.width), jnp.dtype(of_backbone.param_dtype)
+            self.language = LanguageHead(jax.random.fold_in(key, 3), language, *table, stddev, held)
         self.head = head
 
     def __call__(self, rows: Rows, slots: int, noise: Noise | None = None) -> jax.Array:
@@ -160,6 +167,23 @@ class TextEncoder(nnx.Module):
         vectors = jnp.stack([self._vectors(hidden, rows, slots, states) for hidden in (states.last, *chosen)])
         return vectors, _sums(states)
 
+    def word_states(self, rows: Rows, noise: Noise | None = None) -> tuple[jax.Array, RouterSums | None]:
+        """Returns what scores of words are made of, [R, L, D] in the compute dtype, and what the routers did."""
+        states = self.backbone(rows, noise)
+        return self.language(states.last), _sums(states)
+
+    @property
+    def word_table(self) -> jax.Array:
+        """A vector per word, [V', D]: scores of words are the products with these."""
+        if self.language.config.own_table:
+            return self.language.table.embedding[...]
+        return getattr(self.backbone, "embeddings", self.backbone).token.embedding[...]  # BERT's lies among others
+
+    @property
+    def word_bias(self) -> jax.Array | None:
+        """What is added to the scores, [V'], None for nothing."""
+        return self.language.bias[...] if self.language.config.bias else None
+
     def _vectors(self, hidden_RxLxD: jax.Array, rows: Rows, slots: int, states: TokenStates) -> jax.Array:
         """Applies the head to token states: float32 [S, slots, E]; `states` has the routing weights."""
         mode = self.head.pooling
@@ -194,6 +218,12 @@ class ModelFactory:
         """E, the dimensions of a vector; needs a mesh set."""
         model = jax.eval_shape(self.make)
         return model.head.width(model.backbone.config)
+
+    @property
+    def language(self) -> LanguageConfig | None:
+        """How the model predicts words; needs a mesh set."""
+        model = jax.eval_shape(self.make)
+        return model.language.config if hasattr(model, "language") else None
 
     @property
     def depth(self) -> int:
@@ -232,12 +262,14 @@ def split(params: Params) -> tuple[Params, Params]:
     """Cuts a model's parameters into those that are trained and those that are not.
 
     Returns:
-      The adapters with the head, and the rest of the backbone; all of them and {} where there are no adapters.
+      The adapters with the head, and the rest of the backbone with the language head; all of them and {} where there
+      are no adapters.
     """
     leaves = flatten(params)
     base: Params = {}
     if any(map(is_adapter, leaves)):
-        base = {path: x for path, x in leaves.items() if path.startswith(BACKBONE) and not is_adapter(path)}
+        held = (BACKBONE, LANGUAGE)
+        base = {path: x for path, x in leaves.items() if path.startswith(held) and not is_adapter(path)}
     return unflatten({path: x for path, x in leaves.items() if path not in base}), unflatten(base)
 
 

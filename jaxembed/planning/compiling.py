@@ -24,6 +24,7 @@ from jaxembed.models.layers.attention import KERNEL_BLOCK
 from jaxembed.models.options import ModelOptions
 from jaxembed.models.text_encoder import ModelFactory, split
 from jaxembed.planning import shapes
+from jaxembed.reading import passes
 from jaxembed.step import build
 
 _UNKNOWN_STEPS = 1000  # of a schedule, where nobody says how many records an epoch has; no shape depends on it
@@ -95,7 +96,7 @@ def open_model(config: Config, mesh: jax.sharding.Mesh, blueprint: Blueprint) ->
     lora = blueprint.lora(config.model.lora)
     with jax.set_mesh(mesh):
         factory = blueprint.factory(model_source.options(config.model), config.seed, lora)
-        flops = StepFlops.of(blueprint, factory, lora)
+        flops = StepFlops.of(blueprint, factory, lora, *passes(config))
         if not config.teacher.init:
             return Model(config, mesh, factory, None, flops, None)
         taught = shapes.open_shape(config.teacher.init, config)

@@ -18,6 +18,7 @@ from jaxembed.data.tokenizer import Tokenizer
 from jaxembed.errors import UserError
 from jaxembed.hf.architectures import architecture, architecture_of
 from jaxembed.hf.hub import REPOSITORY
+from jaxembed.language import language_for
 from jaxembed.models.moee import with_moee
 from jaxembed.models.text_encoder import HeadConfig
 from jaxembed.storage import AnyPath, path_of
@@ -150,6 +151,30 @@ SHAPES: dict[str, Shape] = {
             "rope_theta": 1_000_000.0,
         },
     ),
+    "GSAI-ML/LLaDA-8B-Instruct": Shape(
+        "llada",
+        {
+            "vocab_size": 126_464,
+            "d_model": 4096,
+            "n_layers": 32,
+            "n_heads": 32,
+            "mlp_hidden_size": 12_288,
+            "max_sequence_length": 4096,
+        },
+    ),
+    "Dream-org/Dream-v0-Instruct-7B": Shape(
+        "Dream",
+        {
+            "vocab_size": 152_064,
+            "hidden_size": 3584,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "intermediate_size": 18_944,
+            "max_position_embeddings": 131_072,
+            "rope_theta": 1_000_000.0,
+        },
+    ),
     "google/embeddinggemma-300m": Shape(
         "gemma3_text",
         {
@@ -236,6 +261,8 @@ class Tokens:
     cls_id: int = 1
     sep_id: int = 2
     eos_id: int = 2
+    mask_id: int = 3
+    framing_ids: tuple[int, ...] = (0, 1, 2, 3)
 
 
 def open_shape(init: str, config: Config) -> Blueprint:
@@ -293,7 +320,9 @@ def adapted(blueprint: Blueprint, config: Config) -> Blueprint:
     blueprint = dataclasses.replace(blueprint, hf_config=hf_config, head=head, max_length=longest)
     blueprint = sparse_blueprint(blueprint, m.experts) if m.experts.upcycle else blueprint
     head = with_moee(blueprint.head, blueprint.backbone, m.moee, m.moee_weight, "config.model.")
-    return dataclasses.replace(blueprint, head=head)
+    tokens = Tokens(blueprint.backbone.vocab_size)
+    language = language_for(dataclasses.replace(blueprint, tokenizer=blueprint.tokenizer or tokens), config)
+    return dataclasses.replace(blueprint, head=head, language=language)
 
 
 def _blueprint(hf_config: dict[str, Any], max_length: int) -> Blueprint:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxembed.evaluation.report import MAIN_METRIC
+from jaxembed.evaluation.report import LOWER_IS_BETTER, MAIN_METRIC
 from jaxembed.metrics import iter_metrics
 from jaxembed.observing import rest
 from jaxembed.storage import AnyPath
@@ -141,7 +141,7 @@ class History:
     def _scores(self, task: str, metric: str) -> Scores:
         name = task if metric == MAIN_METRIC[task.split("/")[0]] else f"{task}/{metric}"
         steps, values = self.series[f"eval/{name}"]
-        best = int(values.argmax())
+        best = int(values.argmin() if metric in LOWER_IS_BETTER else values.argmax())
         return Scores(
             task,
             metric,

@@ -125,6 +125,7 @@ def _front_matter(record: RunRecord | None) -> str:
             metric_value=round(row.last, 4),
         )
         for row in main
+        if row.task.split("/")[0] in HUB_TASKS
     ]
     data = ModelCardData(
         library_name="sentence-transformers",
@@ -233,7 +234,9 @@ def _evaluation(record: RunRecord) -> str:
     header = ["task", "metric", "score", f"at step {min(row.first_step for row in rows):,}"]
     shown = table([*header, *(["BM25"] if baseline else [])], cells, left=2)
     at = ", ".join(f"{step:,}" for step in steps)
-    return f"## Evaluation\n\nScores out of 100, measured in JAX at step {at}.\n\n{shown}"
+    nats = any(task.startswith("texts/") for task in record.history.tasks)
+    unit = " (of texts to predict: nats per word)" if nats else ""
+    return f"## Evaluation\n\nScores out of 100{unit}, measured in JAX at step {at}.\n\n{shown}"
 
 
 def _main_scores(record: RunRecord) -> list[Scores]:

@@ -46,6 +46,7 @@ SHAPES = {
     **dict.fromkeys(("mamba", "falcon_mamba", "bifalcon_mamba"), MAMBA),
     "bimamba": MAMBA | {"shared_directions": True},
     **dict.fromkeys(("mamba2", "bimamba2"), MAMBA | {"head_dim": 8, "n_groups": 2}),
+    "llada": {"d_model": 32, "n_layers": 3, "n_heads": 4, "mlp_hidden_size": 48},
     "bamba": GROUPED | {"attn_layer_indices": [1], "mamba_d_state": 6, "mamba_d_head": 16},
 }
 R, L = 3, 24  # rows, each full of one text

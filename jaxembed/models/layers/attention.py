@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jaxembed.errors import UserError
-from jaxembed.models.layers.dropout import Noise, dropout_weights
+from jaxembed.models.layers.dropout import Noise, dropout_weights, seen_ahead
 from jaxembed.sharding import BATCH, ROWS, platform
 
 MASKED = -1e30  # finite: a row without any allowed key must not become NaN
@@ -93,7 +93,7 @@ def attention(
       value_RxLxGxK: values.
       segment_ids_RxL: int32, the text of each token, 0 for padding.
       spec: what may be seen.
-      noise: dropout of attention weights is off when None.
+      noise: dropout of attention weights, and attention that grows from causal; both are off when None.
       place: number of the call's place in the model, for the dropout mask.
       prefix_RxL: bool, the tokens of texts' prefixes; wanted by the mode 'prefix' alone.
       bias_HxW: float32, added to the scores by relative position: entry L - 1 + (key - query), W = 2 L - 1. None for no
@@ -111,7 +111,7 @@ def attention(
     if bias_HxW is None and _use_kernel(query_RxLxHxK, spec, noise):
         kernel = KERNELS[platform()]
         return kernel_attention(query_RxLxHxK, key_RxLxHxK, value_RxLxHxK, segment_ids_RxL, spec, kernel)
-    allowed = _allowed(segment_ids_RxL, spec, prefix_RxL)
+    allowed = _allowed(segment_ids_RxL, spec, prefix_RxL, noise if _grows(spec, noise) else None)
     return _xla_attention(query_RxLxHxK, key_RxLxHxK, value_RxLxHxK, allowed, spec, noise, place, bias_HxW)
 
 
@@ -125,8 +125,15 @@ def _for_each_head(x_RxLxGxK: jax.Array, n_heads: int) -> jax.Array:
     return jax.sharding.reshard(x_RxLxGxK, WHOLE_HEADS)
 
 
-def _allowed(segment_ids_RxL: jax.Array, spec: AttentionSpec, prefix_RxL: jax.Array | None) -> jax.Array:
-    """Returns what may be seen: bool [R, query, key]."""
+def _grows(spec: AttentionSpec, noise: Noise | None) -> bool:
+    """Whether attention is on its way from causal to what the spec says."""
+    return noise is not None and noise.ahead is not None and not spec.causal
+
+
+def _allowed(
+    segment_ids_RxL: jax.Array, spec: AttentionSpec, prefix_RxL: jax.Array | None, growing: Noise | None
+) -> jax.Array:
+    """Returns what may be seen: bool [R, query, key]; `growing` says how far attention has grown."""
     whole_ids = jax.sharding.reshard(segment_ids_RxL, P(BATCH, None))
     allowed = segment_ids_RxL[:, :, None] == whole_ids[:, None, :]
     # Texts lie in order inside a row, so the place in the row decides; no positions are needed.
@@ -136,6 +143,8 @@ def _allowed(segment_ids_RxL: jax.Array, spec: AttentionSpec, prefix_RxL: jax.Ar
         allowed &= ahead <= 0
     elif spec.mode == "prefix":
         allowed &= (ahead <= 0) | jax.sharding.reshard(prefix_RxL, P(BATCH, None))[:, None, :]
+    if growing is not None:
+        allowed &= (ahead <= 0) | seen_ahead(growing)
     return allowed & (jnp.abs(ahead) <= spec.reach) if spec.reach else allowed
 
 
@@ -173,7 +182,7 @@ def _by_distance(bias_HxW: jax.Array, length: int) -> jax.Array:
 
 
 def _use_kernel(query: jax.Array, spec: AttentionSpec, noise: Noise | None) -> bool:
-    if spec.kernel == "xla" or (spec.dropout > 0 and noise is not None):
+    if spec.kernel == "xla" or (spec.dropout > 0 and noise is not None) or _grows(spec, noise):
         return False
     obstacle = _obstacle(query, spec, platform())
     if obstacle and spec.kernel == "pallas":

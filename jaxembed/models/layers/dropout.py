@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxembed.hashing import mix
+from jaxembed.hashing import below, mix
 from jaxembed.sharding import BATCH
 
 
@@ -25,11 +25,14 @@ class Noise:
       seed: uint32 scalar, new for every step.
       texts: int32 [R, L], the number of each token's text (`segment_ids`).
       positions: int32 [R, L], its place in the text.
+      ahead: float32 scalar, the part of what lies behind a token that its attention sees already, while that grows from
+        causal to what it is; None where it does not.
     """
 
     seed: jax.Array
     texts: jax.Array
     positions: jax.Array
+    ahead: jax.Array | None = None
 
 
 def step_seed(seed: int, step: jax.Array) -> jax.Array:
@@ -41,7 +44,7 @@ def layer_place(index: jax.Array) -> jax.Array:
     """Returns the first of the 16 places of layer `index`: + 0 attention's weights, 1 and 2 the sub-layers' outputs.
 
     From 3 on they are the inputs of linear layers, for adapters: query, key, value, out, then those of the MLP. Places
-    below 16 are those before the first layer.
+    below 16 are those before the first layer, and the last of them, 15, what attention sees while it grows.
     """
     return 16 * (index.astype(jnp.uint32) + 1)
 
@@ -64,6 +67,18 @@ def dropout_weights(weights_RxHxLxL: jax.Array, rate: float, noise: Noise | None
     key_positions = jax.sharding.reshard(noise.positions, P(BATCH, None))
     key = mix(key_positions.astype(jnp.uint32))[:, None, None, :]
     return _drop(weights_RxHxLxL, mix(mix(query ^ mix(heads)) + key), rate)
+
+
+def seen_ahead(noise: Noise) -> jax.Array:
+    """Returns which tokens see which others wherever these are, bool [R, query, key]: the part `ahead` of pairs.
+
+    Attention that grows from causal sees these beside what is before (DiffuLLaMA, Gong et al. 2024, arXiv:2410.17891).
+    The pairs are the same ones in all layers, and drawn anew in each step.
+    """
+    key_positions = jax.sharding.reshard(noise.positions, P(BATCH, None))
+    key = mix(key_positions.astype(jnp.uint32))[:, None, :]
+    bits = mix(_token_hash(noise, jnp.uint32(15))[:, :, None] + key)
+    return (bits < below(noise.ahead)) | (noise.ahead >= 1)
 
 
 def _token_hash(noise: Noise, place: jax.Array) -> jax.Array:
