@@ -32,10 +32,11 @@ def adapted(blueprint: Blueprint, c: Config) -> Blueprint:
     if m.rope_scaling:
         hf_config = arch.with_rope_scaling(hf_config, m.rope_scaling)
     longest = dataclasses.replace(blueprint, hf_config=hf_config).longest
-    hf_config = arch.with_attention(hf_config, m.attention_layers or (m.attention,))
+    where = f"config.model.attention{'_layers' if m.attention_layers else ''}"
+    hf_config = arch.with_attention(hf_config, m.attention_layers or (m.attention,), where)
     if c.export and not portable(hf_config):
         raise UserError(
-            f"config.model.attention{'_layers' if m.attention_layers else ''}: no folder can say this to other "
+            f"{where}: no folder can say this to other "
             "programs: set config.export = False; Embedder and jaxembed.evaluate open the run itself"
         )
     if m.projection and head.projection and m.projection != head.projection:

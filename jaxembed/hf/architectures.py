@@ -110,12 +110,15 @@ class Architecture:
         """The values of `config.model.attention` that it takes."""
         return ("native", *self.attention) if self.fixed_attention else ("native", *MODES)
 
-    def with_attention(self, hf_config: Mapping[str, Any], modes: Sequence[str]) -> dict[str, Any]:
+    def with_attention(
+        self, hf_config: Mapping[str, Any], modes: Sequence[str], where: str = "config.model.attention"
+    ) -> dict[str, Any]:
         """Returns config.json of the same model with another attention.
 
         Args:
           hf_config: config.json.
           modes: one for all layers, or one for each.
+          where: what they are called, for messages.
 
         Raises:
           UserError: a mode that the architecture does not have, or a wrong number of them.
@@ -127,7 +130,7 @@ class Architecture:
         for mode in modes:
             if mode not in self.modes:
                 takes = ", ".join(self.modes)
-                raise UserError(f"config.model.attention = {mode!r}: {self.model_type} takes {takes}")
+                raise UserError(f"{where} = {mode!r}: {self.model_type} takes {takes}")
         return with_modes(hf_config, modes, config.attention, self.attention, config.layers)
 
     def with_rope_scaling(

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxembed.sharding import BATCH, ROWS, STATES
+from jaxembed.sharding import BATCH, ROWS, STATES, platform
 
-TOKENS = 1024  # in a tile
+TOKENS, TOKENS_ON_CPU = 1024, 256  # in a tile; a CPU gains nothing by larger ones, and the last is computed whole
 TABLE, BIAS = P("tensor", None), P("tensor")  # every device has all words, or its part of `tensor`
 _SPREAD = (*BATCH, "sequence")  # the axes that tokens are sharded over
 _LOWEST = -1e30
@@ -116,7 +116,7 @@ class _Tiles:
     @classmethod
     def of(cls, asked_T: jax.Array, table: jax.Array, words: Words) -> "_Tiles":
         n = asked_T.shape[0]
-        size = min(TOKENS, n)
+        size = min(TOKENS_ON_CPU if platform() == "cpu" else TOKENS, n)
         order = jnp.argsort(~asked_T, stable=True)
         order = jnp.pad(order, (0, -n % size), mode="edge")
         return cls(order, asked_T.sum(), size, table.shape[0], words)

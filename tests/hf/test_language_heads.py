@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tiny_models import make_mesh
 
+from jaxembed import config as config_lib
 from jaxembed import sharding
 from jaxembed.errors import UserError
 from jaxembed.hf.architectures import ARCHITECTURES
@@ -17,6 +18,7 @@ from jaxembed.hf.safetensors_io import open_tensors, write_tensors
 from jaxembed.hf.table import leaves_of
 from jaxembed.models.language_head import LanguageConfig, LanguageHead
 from jaxembed.models.text_encoder import ModelFactory, flatten, unflatten
+from jaxembed.planning import shapes
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -160,3 +162,14 @@ def test_odd_biases_of_modernbert_are_refused():
         language_of({"model_type": "modernbert", "classifier_bias": True})
     assert language_of({"model_type": "modernbert", "classifier_bias": True, "norm_bias": True}).transform_bias
     assert not language_of({"model_type": "modernbert", "decoder_bias": False}).bias
+
+
+@pytest.mark.parametrize(("name", "own_table"), [("GSAI-ML/LLaDA-8B-Instruct", True), ("google/t5-v1_1-base", False)])
+def test_a_plan_without_a_download_knows_the_head(name, own_table):
+    c = config_lib.default_config()
+    c.steps, c.data.train[0].path, c.model.init, c.loss.name = 1, "none.jsonl", f"hf:{name}", "masked_diffusion"
+    config = config_lib.load(c)
+    blueprint = shapes.adapted(shapes.open_shape(config.model.init, config), config)
+    language = blueprint.language
+    assert (language.own_table, language.words, language.mask_id) == (own_table, blueprint.backbone.vocab_size, 3)
+    assert blueprint.tokenizer is None

@@ -90,7 +90,7 @@ def ours(case: Case, words: Words, with_bias: bool, mesh: MeshConfig) -> tuple:
 def test_tiles_are_the_whole(
     mesh: MeshConfig, tile: int, tokens: int, softcap: float, with_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "TOKENS", tokens)
+    monkeypatch.setattr(module, "TOKENS_ON_CPU", tokens)
     case = Case.draw()
     losses, right, gradients = ours(case, Words(V, tile, softcap), with_bias, mesh)
     expected = whole(case, softcap, with_bias)
