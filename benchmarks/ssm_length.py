@@ -3,8 +3,8 @@
     python -m benchmarks.ssm_length [--longest=16384] [--longest_attention=4096] [--plot=docs/ssm_length.png]
     python -m benchmarks.ssm_length --width=1024 --layers=8 --dtype=bfloat16 --longest_attention=16384     (a GPU)
 
-Forward and backward pass over rows of one text each, the same number of tokens at every length, all models taking
-turns: medians of nanoseconds per token, and their ratio to the shortest. Memory is what the compiled program of a
+Forward and backward pass over rows of one text each, the same number of tokens at every length, all models and lengths
+taking turns: medians of nanoseconds per token, and their ratio to the shortest. Memory is what the compiled program of a
 single row needs beside its arguments. With --torch also transformers' MambaModel of the same shape, on the same device.
 The last line is JSON.
 """
@@ -89,34 +89,35 @@ def program(make: Callable, rows: int, length: int) -> tuple[Any, tuple]:
 def measure() -> dict[str, dict[int, dict[str, float]]]:
     """Returns name → length → nanoseconds per token, bytes of a row's program."""
     found: dict[str, dict[int, dict[str, float]]] = {}
+    calls: dict[tuple[str, int], Callable[[], Any]] = {}
     length = SHORTEST.value
     while length <= LONGEST.value:
-        calls = {}
         for name, make in makers().items():
             one, _ = program(make, 1, length)
             found.setdefault(name, {})[length] = {"row_bytes": one.memory_analysis().temp_size_in_bytes}
             if name != "transformer" or length <= LONGEST_ATTENTION.value:
                 compiled, arguments = program(make, LONGEST.value // length, length)
-                calls[name] = lambda compiled=compiled, arguments=arguments: jax.block_until_ready(compiled(*arguments))
+                calls[name, length] = lambda f=compiled, arguments=arguments: jax.block_until_ready(f(*arguments))
         if TORCH.value:
-            calls["mamba, transformers"] = of_torch(LONGEST.value // length, length)
-        for name, seconds in timed(calls).items():
-            found.setdefault(name, {}).setdefault(length, {})["ns_per_token"] = seconds / LONGEST.value * 1e9
-        print(f"{length:,} tokens:", {name: by[length] for name, by in found.items()}, file=sys.stderr, flush=True)
+            calls["mamba, transformers", length] = of_torch(LONGEST.value // length, length)
+        print(f"compiled for {length:,} tokens", file=sys.stderr, flush=True)
         length *= 2
+    for (name, length), seconds in timed(calls).items():
+        found.setdefault(name, {}).setdefault(length, {})["ns_per_token"] = seconds / LONGEST.value * 1e9
     return found
 
 
-def timed(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
+def timed(calls: dict[tuple[str, int], Callable[[], Any]]) -> dict[tuple[str, int], float]:
     """Returns medians of seconds, of calls that take turns."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[tuple[str, int], list[float]] = {each: [] for each in calls}
     for turn in range(ROUNDS.value + 1):
-        for name, call in calls.items():
+        for each, call in calls.items():
             start = time.perf_counter()
             call()
             if turn:  # the first one warms up
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(each) for name, each in times.items()}
+                times[each].append(time.perf_counter() - start)
+        print(f"round {turn} of {ROUNDS.value}", file=sys.stderr, flush=True)
+    return {each: statistics.median(seconds) for each, seconds in times.items()}
 
 
 def of_torch(rows: int, length: int) -> Callable[[], None]:

@@ -9,6 +9,7 @@ et al. 2024, arXiv:2411.09009). Tokens that are not asked cost nothing: every de
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -121,10 +122,17 @@ class _Tiles:
         order = jnp.pad(order, (0, -n % size), mode="edge")
         return cls(order, asked_T.sum(), size, table.shape[0], words)
 
-    @property
-    def count(self) -> jax.Array:
-        """How many tiles hold all tokens that are asked."""
-        return -(-self.n_asked // self.size)
+    def each(self, of_tokens: Callable[[jax.Array, tuple], tuple], start: tuple) -> tuple:
+        """Folds over the tiles that hold tokens that are asked.
+
+        The loop is as long as all tokens need, so that programs compiled ahead know its length; the tiles behind the
+        last token that is asked are passed over.
+        """
+
+        def of_tile(i: jax.Array, carry: tuple) -> tuple:
+            return jax.lax.cond(i * self.size < self.n_asked, of_tokens, lambda i, carry: carry, i, carry)
+
+        return jax.lax.fori_loop(0, len(self.order_T) // self.size, of_tile, start)
 
     def tokens(self, i: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns the places of tile i's tokens, and which of them are asked."""
@@ -195,7 +203,7 @@ def _local_forward(
 
     lowest = jnp.full(flat.size, _LOWEST, jnp.float32)
     start = lowest, jnp.ones(flat.size, jnp.float32), lowest, jnp.full(flat.size, -1)
-    highest, total, score, best = jax.lax.fori_loop(0, tiles.count, of_tokens, start)
+    highest, total, score, best = tiles.each(of_tokens, start)
     overall = jax.lax.pmax(highest, "tensor")
     total = jax.lax.psum(total * jnp.exp(highest - overall), "tensor")
     lse = overall + jnp.log(total)
@@ -245,7 +253,7 @@ def _local_backward(
         return of_states.at[places].add(of_hidden), of_table, of_bias
 
     start = jnp.zeros(states_TxD.shape, jnp.float32), jnp.zeros(table.shape, jnp.float32), jnp.zeros_like(bias)
-    of_states, of_table, of_bias = jax.lax.fori_loop(0, tiles.count, of_tokens, start)
+    of_states, of_table, of_bias = tiles.each(of_tokens, start)
     of_states = jax.lax.psum(of_states, "tensor").astype(states.dtype).reshape(states.shape)
     of_table, of_bias = (jax.lax.psum(x, _SPREAD) for x in (of_table, of_bias))
     return of_states, of_table.astype(table.dtype), of_bias
