@@ -4,9 +4,9 @@
     python -m benchmarks.ssm_length --width=1024 --layers=8 --dtype=bfloat16 --longest_attention=16384     (a GPU)
 
 Forward and backward pass over rows of one text each, the same number of tokens at every length, all models and lengths
-taking turns: medians of nanoseconds per token, and their ratio to the shortest. Memory is what the compiled program of a
-single row needs beside its arguments. With --torch also transformers' MambaModel of the same shape, on the same device.
-The last line is JSON.
+taking turns: medians of nanoseconds per token, and their ratio to the shortest. Memory is what the compiled program of
+a single row needs beside its arguments. With --torch also transformers' MambaModel of the same shape, on the same
+device. The last line is JSON.
 """
 
 import json
