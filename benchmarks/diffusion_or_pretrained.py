@@ -94,7 +94,7 @@ def pretrain(loss: str, folder: pathlib.Path, workdir: pathlib.Path, seed: int, 
         *given,
         *anneal,
         *(f"--config.seed={seed}", f"--config.steps={steps}", f"--config.batch_size={TEXTS.value}"),
-        *("--config.data.max_length.query=96", f"--config.optimizer.learning_rate={rate}"),
+        *("--config.grad_cache=1", "--config.data.max_length.query=96", f"--config.optimizer.learning_rate={rate}"),
         *(f"--config.optimizer.warmup_steps={steps // 10}", f"--config.checkpoint.every={steps}"),
         *(f"--config.eval.every={steps}", f"--config.eval.texts=('{folder / 'held_out.jsonl'}',)"),
     )

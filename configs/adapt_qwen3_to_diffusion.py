@@ -1,12 +1,13 @@
 """Turn an autoregressive model into a diffusion model, then into an embedder: adapt, weak pairs, hard negatives.
 
     python -m jaxembed.train --config=configs/adapt_qwen3_to_diffusion.py:h200 --workdir=runs/dqwen \
-        '--config.stages[0].data.train[0].path=texts.jsonl.gz' \
-        '--config.stages[1].data.train[0].path=weak.jsonl.gz' '--config.stages[2].data.train[0].path=hard.jsonl.gz'
+        '--config.stages[0].data.train[0].path=texts.jsonl.gz' '--config.stages[1].data.train[0].path=texts.jsonl.gz' \
+        '--config.stages[2].data.train[0].path=weak.jsonl.gz' '--config.stages[3].data.train[0].path=hard.jsonl.gz'
 
-The first stage is the recipe of DiffuLLaMA (Gong et al. 2024, arXiv:2410.17891) and Dream (arXiv:2508.15487): masked
-diffusion on plain texts, a word predicted from the state before it, as the model learned to; its attention grows from
-causal to bidirectional over the first steps (set config.model.anneal_attention to 0 in the stage to switch at once).
+The first two stages are the recipe of DiffuLLaMA (Gong et al. 2024, arXiv:2410.17891) and Dream (arXiv:2508.15487):
+masked diffusion on plain texts, a word predicted from the state before it, as the model learned to; in the first one
+attention grows from causal to bidirectional (set config.model.anneal_attention to 0 there to switch at once), without
+the kernels of accelerators, which know no such mask.
 `python -m jaxembed.evaluate --model=runs/dqwen@STEP --texts=held_out.txt` gives the bound of the likelihood, `python
 -m jaxembed.sample` fills masked words. The other two are those of NV-Embed (arXiv:2405.17428). The exported folder is
 a qwen3 with `is_causal: false`, without any remote code. The argument names the machine: 'h200' (one GPU; the default),
@@ -53,14 +54,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
         batch_size, grad_cache = machine[name]
         return {"steps": 2 if tiny else steps, "batch_size": batch_size, "grad_cache": grad_cache}
 
-    adapt = {
-        "name": "adapt",
-        **sizes("texts", 20_000),
-        "data": {"train": ({"path": "", "format": "texts"},), "positives": 0},
+    grow = {
+        "name": "grow",
+        **sizes("texts", 2000),
+        "data": {"train": ({"path": "", "format": "texts"},), "positives": 0, "negatives": 0},
         "loss": {"name": "masked_diffusion"},
         "optimizer": {"learning_rate": 2e-5, "schedule": "constant"},
         "model": {"anneal_attention": 2 if tiny else 2000},
     }
+    adapt = grow | {"name": "adapt", **sizes("texts", 18_000), "model": {"anneal_attention": 0}}
     weak = {
         "name": "weak",
         **sizes("weak", 5000),
@@ -75,5 +77,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "loss": {"name": "infonce", "temperature": 0.02},
         "optimizer": {"learning_rate": 1e-5},
     }
-    c.stages = (adapt, weak, hard)
+    c.stages = (grow, adapt, weak, hard)
     return c

@@ -52,7 +52,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "steps": 2 if tiny else 1000,
         "batch_size": machine["texts"][0],
         "grad_cache": machine["texts"][1],
-        "data": {"train": ({"path": "", "format": "texts"},), "positives": 0},
+        "data": {"train": ({"path": "", "format": "texts"},), "positives": 0, "negatives": 0},
         "loss": {"name": "masked_next_token", "mask_rate": 0.2},
         "optimizer": {"learning_rate": 5e-5},
     }

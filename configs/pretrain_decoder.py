@@ -36,7 +36,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         known = f"{', '.join(LOSSES)}, and tiny behind a comma"
         raise ValueError(f"configs/pretrain_decoder.py knows the arguments {known}, not {arg!r}")
     c = default_config()
-    c.steps, c.batch_size = 20_000, 1024
+    c.steps, c.batch_size, c.grad_cache = 20_000, 1024, 32
     c.tokenizer = "train:bpe:32768"
     c.model.arch = "llama"
     c.model.shape = {
@@ -51,7 +51,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.model.pooling = "last" if loss == "next_token" else "mean"
     c.model.dtype = "bfloat16"
     c.data.train[0].format = "texts"
-    c.data.positives = 0
+    c.data.positives = c.data.negatives = 0
     c.data.max_length.query = c.data.max_length.document = 512
     c.loss.name = loss
     c.loss.update(LOSSES[loss])
@@ -62,7 +62,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if loss != "next_token":
         c.model.anneal_attention = 1000
     if tiny:
-        c.steps, c.batch_size = 8, 16
+        c.steps, c.batch_size, c.grad_cache = 8, 16, 1
         c.tokenizer = "train:bpe:512"
         c.model.shape = {
             "hidden_size": 32,

@@ -56,7 +56,8 @@ def both_ways_loader(blueprint: Blueprint, load: Callable[[ModelFactory], Params
     def load_both(factory: ModelFactory) -> Params:
         wanted = flatten(factory.abstract())
         dtype = wanted[f"{FORWARD}skip"].dtype.name
-        causal = flatten(load(blueprint.factory(ModelOptions(param_dtype=dtype))))
+        before = dataclasses.replace(blueprint, language=factory.language)  # its head is the checkpoint's too
+        causal = flatten(load(before.factory(ModelOptions(param_dtype=dtype))))
         second = [path for path in wanted if path.startswith(BACKWARD) and not is_adapter(path)]
         copies = {path: causal[FORWARD + path.removeprefix(BACKWARD)] for path in second}
         copies = jax.jit(lambda leaves: jax.tree.map(jnp.copy, leaves))(copies)  # buffers of their own

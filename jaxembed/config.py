@@ -153,6 +153,11 @@ class DataConfig:
     on_bad_record: str = "error"  # 'error' | 'skip' (they are counted and reported)
     prefetch: int = 4  # batches prepared ahead
 
+    @property
+    def used_negatives(self) -> int:
+        """Hard negatives of a record used in a step: none where queries stand alone."""
+        return self.negatives if self.positives else 0
+
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:

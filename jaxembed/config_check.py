@@ -17,6 +17,7 @@ from jaxembed.losses.token_check import check_token_losses
 MAX_LENGTH = 65_535  # lengths are kept as uint16
 TRAINED = "train:"  # begins a tokenizer that is made from the training texts
 MIN_VOCABULARY = 256 + 5  # bytes and special tokens
+LOWER_IS_BETTER = ("perplexity", "elbo_stderr")  # metrics of evaluation
 
 
 def check(config: Config) -> None:
@@ -104,7 +105,8 @@ def _data(c: Config) -> None:
             or c.model.dropout > 0
             or c.model.attention_dropout > 0
             or (c.model.lora.rank > 0 and c.model.lora.dropout > 0)
-            or c.data.mask.query != c.data.mask.document
+            or c.data.mask.query > 0
+            or c.data.mask.document > 0
             or all(name in ("match", "spread_out") or LOSSES[name].over_tokens for name in trains),
             f"{where}.format = 'texts' makes a text its own positive: without config.model.dropout, "
             ".attention_dropout or config.data.mask two views of a text would be the same vector",
@@ -359,6 +361,11 @@ def _evaluation(c: Config) -> None:
     require(
         not e.bm25 or bool(e.retrieval + e.pairs),
         "config.eval.bm25 searches the sets of config.eval.retrieval and .pairs: both are empty",
+    )
+    require(
+        c.checkpoint.best.rsplit("/", 1)[-1] not in LOWER_IS_BETTER,
+        f"config.checkpoint.best = {c.checkpoint.best!r}: the highest is kept, and of this less is better: take "
+        "'eval/texts/NAME', the bound of the likelihood",
     )
     require(
         not c.checkpoint.best or (e.every > 0 and bool(tasks)),

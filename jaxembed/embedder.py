@@ -70,6 +70,7 @@ class Embedder:
         moee: str = "",
         moee_weight: float = 1.0,
         expert: int | None = None,
+        words: bool = False,
     ) -> "Embedder":
         """Loads a run's newest checkpoint, or a sentence-transformers or transformers folder.
 
@@ -88,6 +89,8 @@ class Embedder:
           moee_weight: of the routing weights' similarity in 'sum'.
           expert: of a model whose texts' sources pick their experts, the number of the source that texts are taken to
             come from; None: the one that the model serves with.
+          words: with the head by which a checkpoint predicts words, for likelihoods and sampling; runs with a loss over
+            tokens have theirs anyway.
 
         Raises:
           UserError: nothing there that can be opened, or an argument that does not serve.
@@ -118,6 +121,8 @@ class Embedder:
         if expert is not None:
             count = blueprint.experts.count if blueprint.experts else 0
             blueprint = dataclasses.replace(blueprint, hf_config=serving(blueprint.hf_config, expert, count))
+        if words:
+            blueprint, load = model_source.with_words(blueprint, load)
         if moee:
             run, blueprint = None, _routed(blueprint, moee, moee_weight)
         factory = blueprint.factory(ModelOptions(dtype=dtype))

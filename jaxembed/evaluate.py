@@ -65,6 +65,7 @@ def _evaluate(sets: EvalConfig, peers: Peers) -> None:
         moee=flag.moee,
         moee_weight=flag.moee_weight,
         expert=flag.expert,
+        words=bool(sets.texts),
     )
     results, baselines = tasks.evaluate(embedder, show_progress_bar=peers.main), tasks.baselines()
     scores, failures = [], []

@@ -146,7 +146,7 @@ def chances(texts: Sequence[np.ndarray], language: LanguageConfig) -> tuple[floa
 
 def _offered(blueprint: Blueprint, language: LanguageConfig) -> np.ndarray:
     """Returns which rows of the table of words may be put in: bool [V']."""
-    barred = {*language.framing, language.mask_id}
+    barred = {*language.framing, *blueprint.tokenizer.special_ids, language.mask_id}
     offered = np.zeros(blueprint.backbone.padded_vocab, bool)
     token = blueprint.tokenizer.token
     offered[: language.words] = [i not in barred and token(i) != "" for i in range(language.words)]

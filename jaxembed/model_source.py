@@ -21,10 +21,11 @@ from jaxembed.data.tokenizer import Tokenizer
 from jaxembed.data.tokenizer_training import train_for
 from jaxembed.errors import UserError
 from jaxembed.hf.architectures import architecture
+from jaxembed.hf.diffusion import MASK_ID
 from jaxembed.hf.digest import digest
 from jaxembed.hf.folder import Folder, read_folder
 from jaxembed.hf.hub import resolve
-from jaxembed.hf.language_heads import language_leaves
+from jaxembed.hf.language_heads import GENERATING, language_leaves, language_of
 from jaxembed.hf.loading import load_onto
 from jaxembed.hf.safetensors_io import open_tensors
 from jaxembed.hf.weights import backbone_leaves, head_leaves, unused_tensors
@@ -84,6 +85,8 @@ def open_source(c: Config, workdir: AnyPath) -> tuple[Blueprint, Loader]:
     if masks(c):
         blueprint, load = _with_mask_token(blueprint, load, c.model.mask_token)
     blueprint = dataclasses.replace(blueprint, language=language_for(blueprint, c))
+    if blueprint.language and blueprint.language.own_table and blueprint.architecture.portable_as:
+        blueprint = dataclasses.replace(blueprint, unused={})  # the head, which is trained now
     if c.model.experts.upcycle:
         load = sparse_loader(blueprint, load, c.model.experts, c.seed)
         blueprint = sparse_blueprint(blueprint, c.model.experts)
@@ -95,6 +98,26 @@ def open_source(c: Config, workdir: AnyPath) -> tuple[Blueprint, Loader]:
 def _with_mask_token(blueprint: Blueprint, load: Loader, token: str) -> tuple[Blueprint, Loader]:
     blueprint, load = with_mask_token(blueprint, load, token)
     return blueprint, _with_head(load)
+
+
+def with_words(blueprint: Blueprint, load: Loader) -> tuple[Blueprint, Loader]:
+    """Returns a folder's model with the head by which its checkpoint predicts words; that of a run as it is.
+
+    Raises:
+      UserError: an encoder, whose folder may have none.
+    """
+    if blueprint.language:
+        return blueprint, load
+    name = blueprint.architecture.model_type
+    if name not in GENERATING:
+        raise UserError(
+            f"a {name} predicts no words by itself: train it with a loss over tokens, and name the run's folder"
+        )
+    if blueprint.tokenizer.mask_id >= 0 or MASK_ID in blueprint.hf_config:
+        blueprint, load = with_mask_token(blueprint, load, "")
+    tokenizer, head = blueprint.tokenizer, language_of(blueprint.hf_config)
+    said = {"words": blueprint.backbone.vocab_size, "mask_id": tokenizer.mask_id, "framing": tokenizer.framing_ids}
+    return dataclasses.replace(blueprint, language=dataclasses.replace(head, **said)), load
 
 
 def _require_experts(c: Config, blueprint: Blueprint) -> None:
@@ -215,7 +238,8 @@ def open_run(spec: str) -> tuple[Blueprint, Loader]:
         if becomes_both_ways(base, config):
             load_base = both_ways_loader(base, load_base)
         if masks(config):
-            _, load_base = _with_mask_token(base, load_base, model.mask_token)
+            base = dataclasses.replace(base, tokenizer=blueprint.tokenizer)  # which has the mask token by now
+            _, load_base = _with_mask_token(base, load_base, "")
         return blueprint, lambda factory: _load_merged(spec, blueprint, model.lora, load_base, factory)
 
     def load(factory: ModelFactory) -> Params:
@@ -305,7 +329,13 @@ def _load_folder(folder: Folder, factory: ModelFactory) -> Params:
 
 def _completed(params: Params, factory: ModelFactory) -> Params:
     """Adds fresh weights where the config wants what these have not: adapters, parts of the head."""
-    missing = flatten(factory.abstract()).keys() - flatten(params).keys()
+    wanted = flatten(factory.abstract())
+    missing = wanted.keys() - flatten(params).keys()
+    if any(map(is_adapter, wanted)) and any(path.startswith(LANGUAGE) for path in missing):
+        raise UserError(
+            "config.model.lora.rank: the checkpoint has no head that predicts words, and beside adapters none is "
+            "trained: train all weights with a loss over tokens first, or start from a checkpoint that has it"
+        )
     fresh = jax.jit(lambda: {path: x for path, x in flatten(factory.fresh()).items() if path in missing})
     return join(params, unflatten(fresh())) if missing else params
 

@@ -111,7 +111,8 @@ def ask(term: Term, rows: Rows, language: LanguageConfig, texts_per_pair: int, s
         served &= functools.reduce(operator.or_, (rows.source == source for source in term.sources))
     entry = LOSSES[term.config.name]
     arguments = {field: getattr(term.config, field) for field in entry.takes if field not in ("sides", "tile")}
-    return entry.load()(tokens_of(rows, served, language, seed), **arguments)
+    tokens = tokens_of(rows, served, language, seed)
+    return entry.load()(dataclasses.replace(tokens, stride=texts_per_pair if sides == (QUERY,) else 1), **arguments)
 
 
 def tokens_of(rows: Rows, served: jax.Array, language: LanguageConfig, seed: jax.Array) -> Tokens:

@@ -18,6 +18,7 @@ in first. Prints texts with their masks and as they were filled, and one JSON li
 """
 
 import json
+import math
 import pathlib
 import tempfile
 from collections.abc import Sequence
@@ -60,7 +61,7 @@ def _sample(peers: Peers) -> None:
     from jaxembed.filling import require_filling
 
     data = read_texts(flag.texts, "--texts") if flag.texts else None
-    embedder = Embedder.load(flag.model, dtype=flag.dtype)
+    embedder = Embedder.load(flag.model, dtype=flag.dtype, words=True)
     require_filling(embedder.blueprint, f"--model={flag.model}")
     console = Console(quiet=not peers.main)
     said = _fill_one(embedder, console) if data is None else _restore(embedder, data.texts, console, peers.main)
@@ -199,6 +200,8 @@ def _require_flags() -> None:
         raise UserError("--model is missing: name the folder of a run with a loss over masked words")
     if bool(flag.text) == bool(flag.texts):
         raise UserError(f'give one of --text="… {MASK} …" and --texts=FILE')
+    if not math.isfinite(flag.temperature):
+        raise UserError(f"--temperature={flag.temperature}: must be finite")
     if not flag.mask_rate:
         raise UserError("--mask_rate=0 masks nothing: give a part of the words, as 0.3")
     if flag.text and flag["mask_rate"].present:

@@ -82,15 +82,13 @@ def make_loss(
     some_sources = any(len(term.sources) < len(config.data.train) for term in over_tokens)
 
     def loss(params: Params, batch: Batch, step: jax.Array, given: Given) -> tuple[jax.Array, Metrics]:
-        seed, done = step_seed(config.seed, step), step / steps
+        seed, done = step_seed(config.seed, step), step / max(steps - 1, 1)
         noise_seed = seed if uses_noise else None
         ahead = jnp.minimum((step + 1) / m.anneal_attention, 1) if m.anneal_attention else None
         model = join(params["model"], given.get("base", {}))
         value, metrics, routers = jnp.zeros(()), {}, None
         if over_vectors:
             value, metrics, routers = of_vectors(params["loss"], model, batch, seed, noise_seed, ahead, done, given)
-        if over_vectors and over_tokens:
-            metrics[f"loss/{over_vectors[0].label if len(over_vectors) == 1 else 'vectors'}"] = value
         if over_tokens:
             rows = _with_sources(batch, pair) if some_sources or m.experts.routing == "source" else batch.rows
             added, said, routed = token_losses(config, factory, model, rows, pair.texts, seed, noise_seed, ahead, done)

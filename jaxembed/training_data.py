@@ -140,7 +140,7 @@ def _plan(config: Config, caches: Sequence[TokenCache]) -> Plan:
         config.data.train,
         batch_size=config.batch_size,
         positives=config.data.positives,
-        negatives=config.data.negatives,
+        negatives=config.data.used_negatives,
         seed=config.seed,
         negative_queries=any(NEGATIVE_QUERIES in LOSSES[loss.name].needs for loss in config.all_losses),
         one_source=config.data.one_source,

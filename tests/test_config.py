@@ -146,6 +146,15 @@ def test_unknown_fields_wrong_types_and_wrong_choices(changes, message):
             {**WORDS, "model__anneal_attention": 5, "model__attention_kernel": "pallas"},
             "config.model.anneal_attention needs config.model.attention_kernel",
         ),
+        ({"steps": 4, "model__anneal_attention": 5}, "config.model.anneal_attention = 5, but there are 4 steps"),
+        (
+            {"checkpoint__best": "eval/texts/x/perplexity", "eval__every": 5, "eval__texts": ("x",)},
+            "config.checkpoint.best = 'eval/texts/x/perplexity': the highest is kept",
+        ),
+        (
+            {"loss__name": "next_token", "model__experts__routing": "expert_choice"},
+            "config.loss: next_token with config.model.experts.routing = 'expert_choice'",
+        ),
         ({"eval__draws": 0}, "config.eval.draws = 0: must be at least 1"),
         ({"data__prefetch": 0}, "config.data.prefetch = 0: must be at least 1"),
         ({"checkpoint__every": 0}, "config.checkpoint.every = 0: must be at least 1"),

@@ -1,20 +1,24 @@
 """The recipes of diffusion LMs and of other losses over tokens: tiny modes train in stages, export and verify."""
 
+import dataclasses
 import functools
 import math
 
 import jax
 import numpy as np
 import pytest
+import transformers
 from test_architectures import make
 from test_model_configs import get_config
 from tiny_run import SHALLOW, sentence, tiny_config, train_on, write_lines, write_tokenizer
 
 from jaxembed import config as config_lib
-from jaxembed import sharding, trainer
+from jaxembed import model_source, sharding, trainer
 from jaxembed.config import MeshConfig
+from jaxembed.data.tokenizer import Tokenizer
 from jaxembed.embedder import Embedder
 from jaxembed.errors import UserError
+from jaxembed.evaluation.likelihood import TextsData, evaluate_likelihood, require_language
 from jaxembed.metrics import read_metrics
 from jaxembed.verification import verify
 
@@ -55,8 +59,9 @@ def test_every_machine_has_a_config():
 def test_stages(name, folder):
     c = get_config(name)("tiny").to_dict()
     c["model"]["init"], c["data"]["cache_dir"], c["log_to"] = f"hf:{folder / 'base'}", str(folder / "cache"), ()
-    for i, stage in enumerate(c["stages"]):
-        stage["data"]["train"][0]["path"] = str(folder / ("pairs.jsonl" if i else "texts.jsonl"))
+    for stage in c["stages"]:
+        plain = stage["data"]["train"][0].get("format") == "texts"
+        stage["data"]["train"][0]["path"] = str(folder / ("texts.jsonl" if plain else "pairs.jsonl"))
     if name == "adapt_qwen3_to_diffusion":
         c["model"]["mask_token"] = "<|mask|>"
     trainer.train(config_lib.load(c), folder / "run")
@@ -81,6 +86,7 @@ def test_pretrain_then_jointly(folder):
     c.steps, c.log_to, c.export, c.data.cache_dir = 2, (), False, str(folder / "cache")
     c.data.train[0].path = str(folder / "texts.jsonl")
     c.model.init, c.tokenizer, c.model.shape = f"run:{folder / 'next'}", "auto", {}
+    c.model.anneal_attention = 2
     trainer.train(config_lib.load(c), folder / "diffusion")
     c = get_config("joint_denoising")("tiny")
     c.steps, c.log_to, c.data.cache_dir = 3, (), str(folder / "cache")
@@ -89,7 +95,7 @@ def test_pretrain_then_jointly(folder):
     trainer.train(config_lib.load(c), folder / "joint")
     lines = read_metrics(folder / "joint")
     for done, line in enumerate(lines):
-        weight = 0.2 * (1 - done / 3)
+        weight = 0.2 * (1 - done / 2)
         expected = line["loss/infonce"] + weight * line["loss/masked_diffusion"]
         assert line["loss"] == pytest.approx(expected, rel=1e-5)
     verify(folder / "joint" / "export")
@@ -99,6 +105,7 @@ def test_pretrain_then_jointly(folder):
 def test_other_masked_losses(loss, folder):
     c = get_config("pretrain_decoder")(f"{loss},tiny")
     c.steps, c.log_to, c.export, c.data.cache_dir = 2, (), False, str(folder / "cache")
+    c.model.anneal_attention = 2
     c.data.train[0].path = str(folder / "texts.jsonl")
     last = trainer.train(config_lib.load(c), folder / "run")
     assert math.isfinite(last[f"loss/{loss}"])
@@ -125,6 +132,51 @@ def test_an_encoder_learns_masked_words(tmp_path):
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.5
 
 
+def test_a_run_that_only_masked_has_no_head(folder):
+    """Its words were never predicted: neither is it measured, nor does a later run take it for a head."""
+    c = get_config("joint_denoising")("tiny")
+    c.steps, c.log_to, c.export, c.data.cache_dir = 2, (), False, str(folder / "cache")
+    c.model.init, c.model.mask_token = f"hf:{folder / 'base'}", "<|mask|>"
+    c.losses = ()
+    c.data.train[0].path = str(folder / "pairs.jsonl")
+    trainer.train(config_lib.load(c), folder / "run")
+    run = Embedder.load(folder / "run")
+    assert not run.blueprint.language.predicts and run.blueprint.language.shift
+    with pytest.raises(UserError, match="the model predicts no words"):
+        require_language(run.blueprint, "--texts")
+
+
+def test_a_folder_is_measured_before_any_training(folder):
+    """A causal decoder as it lies on disk, its words scored by the token table."""
+    model = Embedder.load(folder / "base", words=True)
+    assert model.blueprint.language.shift and not model.blueprint.language.own_table
+    found = evaluate_likelihood(TextsData("few", ["kalo mi", "ru se to ka"]), model, 1)
+    assert math.isfinite(found["elbo"]) and found["elbo"] < 0
+    with pytest.raises(UserError, match="predicts no words"):
+        evaluate_likelihood(TextsData("few", ["kalo"]), Embedder.load(folder / "base"), 1)
+
+
+@pytest.mark.parametrize("attention", ["native", "bidirectional"])
+def test_the_head_of_a_checkpoint_is_read_whichever_way_it_reads(attention, tmp_path):
+    """An untied mamba's, as transformers writes it: also where the backbone becomes one that reads both ways."""
+    hf = transformers.MambaConfig(
+        vocab_size=176, hidden_size=16, num_hidden_layers=1, state_size=4, tie_word_embeddings=False, use_cache=False
+    )
+    theirs = transformers.MambaForCausalLM(hf)
+    theirs.save_pretrained(tmp_path / "base")
+    Tokenizer.load(f"file:{write_tokenizer(tmp_path / 'tokenizer.json')}").save(tmp_path / "base", 32)
+    loss = "next_token" if attention == "native" else "masked_lm"
+    c = tiny_config(
+        tmp_path, model__init=f"hf:{tmp_path / 'base'}", model__attention=attention, loss__name=loss, export=False
+    )
+    c = dataclasses.replace(c, model=dataclasses.replace(c.model, arch="auto", shape={}))
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(1), jax.devices()[:1])):
+        blueprint, load = model_source.open_source(c, tmp_path / "run")
+        params = load(blueprint.factory(model_source.options(c.model)))
+    table = np.asarray(params["language"]["table"]["embedding"])[:176]
+    np.testing.assert_array_equal(table, theirs.lm_head.weight.detach().numpy())
+
+
 def test_what_cannot_be(folder):
     c = get_config("pretrain_decoder")("tiny")
     c.log_to, c.data.cache_dir, c.data.train[0].path = (), str(folder / "cache"), str(folder / "texts.jsonl")
@@ -145,4 +197,10 @@ def test_what_cannot_be(folder):
     loss = config_lib.to_json(config_lib.Config())["loss"]
     found = refused(data=pairs, loss=loss, eval={"texts": (str(folder / "texts.jsonl"),), "every": 1})
     assert "config.eval.texts" in found
+    assert "in a causal model" in refused(loss=dict(c.loss) | {"name": "masked_diffusion"})
+    both = {"attention": "bidirectional", "pooling": "mean"}
+    diffusion, masked = ({"loss": dict(c.loss) | {"name": name}} for name in ("masked_diffusion", "masked_lm"))
+    data = {"train": c.data.train, "positives": 0}
+    stages = ({"name": "a", "data": data, **diffusion}, {"name": "b", "data": data, **masked})
+    assert "predicts = 'auto'" in refused(model=both, stages=stages)
     assert not (folder / "run").exists()

@@ -149,10 +149,16 @@ def test_llada_grows_with_the_head_that_it_hands_through():
     np.testing.assert_allclose(blueprint.unused[head][WORDS], table.mean(0), rtol=1e-5)
 
 
+@pytest.mark.parametrize(("token", "said"), [("w2", "is the tokenizer's pad_token"), (" ", "is blank")])
+def test_tokens_that_cannot_mask(token, said):
+    with pytest.raises(UserError, match=said):
+        words(20, pad_token="w2").with_mask(token)
+
+
 def test_ids_that_no_loss_masks():
     tokenizer = words(20, pad_token="w2", mask_token="w3")
     assert tokenizer.framing_ids == (1, 2, 3)  # w0 stands for words
     assert words(20).with_mask("w9").framing_ids == (1, 9)
     echo = words(20).with_template(Template(("w5 ", " w6 "), " w7"), "here")
-    assert echo.framing_ids == (1, 5, 6, 7)
+    assert echo.framing_ids == (1,)  # what stands in a template are words
     assert tokenizer.token(4) == "w4" and tokenizer.token(20) == tokenizer.token(-1) == ""

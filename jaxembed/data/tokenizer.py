@@ -232,7 +232,14 @@ class Tokenizer:
 
         One that it does not know comes behind its others, as a special token. A word of its vocabulary stays one: as a
         special token it would be cut out of texts, also by transformers, for which it has no role therefore.
+
+        Raises:
+          UserError: a token that cannot be it: blank, or one with another role; or no number is free for a new one.
         """
+        others = {name: role for role, name in self._special.items() if role != "mask_token"}
+        if not token.strip() or token in others:
+            why = f"is the tokenizer's {others[token]}" if token in others else "is blank"
+            raise UserError(f"config.model.mask_token = {token!r} {why}: name another, such as '<|mask|>'")
         known = self._backend.token_to_id(token)
         if known is not None and known == self.mask_id:
             return self
@@ -240,6 +247,11 @@ class Tokenizer:
         backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
         if known is None:
             backend.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True)])
+            if taken := self.token(backend.token_to_id(token)):
+                raise UserError(
+                    f"config.model.mask_token = {token!r}: the tokenizer's numbers have gaps, so a new token would get "
+                    f"that of {taken!r}: name one of its own tokens"
+                )
         if known is None or known in backend.get_added_tokens_decoder():
             return Tokenizer(backend, {**self._special, "mask_token": token}, *settings)
         return Tokenizer(backend, self._special, *settings, token)
@@ -252,7 +264,14 @@ class Tokenizer:
     def framing_ids(self) -> tuple[int, ...]:
         """The ids of what is no word: of special tokens with a role but the unknown word's, and of what texts get."""
         roles = {self._id(role) for role in self._special if role != "unk_token"}
-        return tuple(sorted((roles | self._added_ids | {self.mask_id}) - {-1}))
+        added = self._added_ids & self.special_ids  # a template's words are words
+        return tuple(sorted((roles | added | {self.mask_id}) - {-1}))
+
+    @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of all tokens that the tokenizer calls special."""
+        added = self._backend.get_added_tokens_decoder()
+        return frozenset((*self._special_ids, *(i for i, token in added.items() if token.special)))
 
     def with_template(self, template: Template, where: str) -> "Tokenizer":
         """Returns the tokenizer that puts every text into a template.
@@ -343,9 +362,7 @@ class Tokenizer:
     @functools.cached_property
     def in_template(self) -> bool:
         """Whether what every text gets is more than special tokens."""
-        added = self._backend.get_added_tokens_decoder()
-        known = {*self._special_ids, *(i for i, token in added.items() if token.special)}
-        return self.copies > 1 or not known.issuperset((*self._prefix_ids, *self._suffix_ids))
+        return self.copies > 1 or not self.special_ids.issuperset((*self._prefix_ids, *self._suffix_ids))
 
     def _id(self, role: str) -> int:
         return self._backend.token_to_id(self._special[role]) if role in self._special else -1

@@ -215,7 +215,7 @@ def require_language(blueprint: Blueprint, task: str) -> tuple[LanguageConfig, b
       UserError: it does not predict any, or neither is causal nor has a mask token; `task` says what wants it.
     """
     language = blueprint.language
-    if language is None:
+    if language is None or not language.predicts:
         raise UserError(
             f"{task}: the model predicts no words: train it with a loss over tokens (masked_diffusion, masked_lm …), "
             "and name the run's folder"

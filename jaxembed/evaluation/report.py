@@ -29,7 +29,6 @@ _TITLES = {
     "texts": "Texts predicted (nats per word)",
 }
 
-LOWER_IS_BETTER = ("perplexity", "elbo_stderr")  # of the metrics
 Results = dict[str, dict[str, float]]  # task → metric → score
 
 

@@ -47,13 +47,13 @@ def parts(tokens: Tokens, draws: str) -> jax.Array:
       draws: 'independent'; 'antithetic': of two texts in a row one has t and the other 1 - t; 'low_discrepancy': the
         texts of a step are spread evenly, by multiples of the golden ratio (Weyl 1916), from a common random start.
     """
-    number = tokens.texts.astype(jnp.uint32)
+    number = (tokens.texts - 1) // tokens.stride
     if draws == "low_discrepancy":
         start = dataclasses.replace(tokens, texts=jnp.zeros_like(tokens.texts)).uniform(PART, each="text")
-        bits = start + number * jnp.uint32(_GOLDEN)
+        bits = start + number.astype(jnp.uint32) * jnp.uint32(_GOLDEN)
     elif draws == "antithetic":
-        bits = dataclasses.replace(tokens, texts=(tokens.texts + 1) // 2).uniform(PART, each="text")
-        bits = jnp.where(number % 2 == 1, bits, ~bits)
+        bits = dataclasses.replace(tokens, texts=number // 2).uniform(PART, each="text")
+        bits = jnp.where(number % 2 == 0, bits, ~bits)
     else:
         bits = tokens.uniform(PART, each="text")
     return uniform(bits)

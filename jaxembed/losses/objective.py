@@ -132,7 +132,7 @@ def objective(
         values = [_term(term, params.get(term.label, {}), embedded, size.width) for term in terms]
         value = sum(weight_of(term.config, done) * loss for term, (loss, _) in zip(terms, values))
         if size == Size():
-            metrics |= _named(terms, values)
+            metrics |= _named(terms, values, alone=len(config.all_losses) == 1)
         elif config.matryoshka.kl:
             divergence = _divergence(terms, params, embedded, depths[0])
             metrics[f"divergence/{size.label}"] = divergence
@@ -173,11 +173,16 @@ def _temperature(term: Term, params: Mapping[str, jax.Array]) -> jax.Array:
     return learned + jax.lax.stop_gradient(jnp.maximum(learned, MIN_TEMPERATURE) - learned)
 
 
-def _named(terms: Sequence[Term], values: Sequence[tuple[jax.Array, dict[str, jax.Array]]]) -> dict[str, jax.Array]:
-    """Returns the metrics of one loss as they are; of several under their labels, with each one's loss."""
+def _named(
+    terms: Sequence[Term], values: Sequence[tuple[jax.Array, dict[str, jax.Array]]], alone: bool
+) -> dict[str, jax.Array]:
+    """Returns the metrics of a loss as they are where it is the only one over vectors, of several under their labels.
+
+    Beside them stands each one's loss, but for one that is `alone` in the run.
+    """
+    metrics = {} if alone else {f"loss/{term.label}": loss for term, (loss, _) in zip(terms, values)}
     if len(terms) == 1:
-        return values[0][1]
-    metrics = {f"loss/{term.label}": loss for term, (loss, _) in zip(terms, values)}
+        return metrics | values[0][1]
     for term, (_, found) in zip(terms, values):
         metrics |= {f"{name}/{term.label}": value for name, value in found.items()}
     return metrics

@@ -32,6 +32,7 @@ class Tokens:
       mask_id: of the mask token.
       vocabulary: tokens known, for random ones.
       shift: whether a token is predicted from the state of the one before it.
+      stride: how far the numbers of the texts that are served lie apart.
     """
 
     ids: jax.Array
@@ -43,6 +44,7 @@ class Tokens:
     mask_id: int = dataclasses.field(metadata={"static": True})
     vocabulary: int = dataclasses.field(metadata={"static": True})
     shift: bool = dataclasses.field(metadata={"static": True})
+    stride: int = dataclasses.field(default=1, metadata={"static": True})
 
     def uniform(self, what: int, *, each: str = "token") -> jax.Array:
         """Returns uint32 [R, L], evenly spread, one for each token or, `each` = 'text', for all of a text."""

@@ -26,13 +26,23 @@ def check_token_losses(c: Config) -> None:
         c.data.positives > 0 or not over_vectors,
         "config.data.positives = 0: losses over vectors compare queries with positives: set at least 1",
     )
+    anneal = c.model.anneal_attention
     require(
-        not c.model.anneal_attention or c.model.attention_kernel != "pallas",
+        c.steps == 0 or anneal <= c.steps,
+        f"config.model.anneal_attention = {anneal}, but there are {c.steps} steps: attention would not become whole",
+    )
+    require(
+        not anneal or c.model.attention_kernel != "pallas",
         "config.model.anneal_attention needs config.model.attention_kernel = 'xla' or 'auto': no kernel knows it",
     )
 
 
 def _one_loss(c: Config, loss: LossConfig, where: str) -> None:
+    require(
+        loss.name != "next_token" or c.model.experts.routing != "expert_choice",
+        f"{where}: next_token with config.model.experts.routing = 'expert_choice', by which experts see whole texts: "
+        "take 'token'",
+    )
     require(0 < loss.mask_rate <= 1, f"{where}.mask_rate = {loss.mask_rate:g}: must be above 0, and at most 1")
     replaced = loss.random_rate, loss.keep_rate
     require(

@@ -30,6 +30,7 @@ class LanguageConfig:
       shift: whether a token is predicted from the state of the one before it, as models of the next token do.
       words: V, the words that there are.
       mask_id: of the token that stands for masked ones; -1 for none.
+      predicts: whether it has learned to; False where words are masked and none predicted.
       framing: tokens that are neither masked nor, but by models of the next token, predicted: special ones.
     """
 
@@ -42,6 +43,7 @@ class LanguageConfig:
     shift: bool = False
     words: int = 0
     mask_id: int = -1
+    predicts: bool = True
     framing: tuple[int, ...] = ()
 
 

@@ -120,7 +120,7 @@ def longest_load(config: Config, mesh: jax.sharding.Mesh, max_length: int) -> Lo
         config.data.max_length,
         any(NEGATIVE_QUERIES in LOSSES[x.name].needs for x in config.all_losses),
     )
-    pair = PairShape(config.data.positives, config.data.negatives, negative_queries)
+    pair = PairShape(config.data.positives, config.data.used_negatives, negative_queries)
     query, document = said.query or max_length, said.document or max_length
     longest, shards, micro = max(query, document), sharding.batch_shards(mesh), config.grad_cache
     multiple = 8 if mesh.devices.flat[0].platform == "cpu" else KERNEL_BLOCK

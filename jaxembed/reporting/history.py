@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxembed.evaluation.report import LOWER_IS_BETTER, MAIN_METRIC
+from jaxembed.config_check import LOWER_IS_BETTER
+from jaxembed.evaluation.report import MAIN_METRIC
 from jaxembed.metrics import iter_metrics
 from jaxembed.observing import rest
 from jaxembed.storage import AnyPath

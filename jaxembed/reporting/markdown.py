@@ -47,7 +47,7 @@ def start_of(config: Config) -> str:
 
 def score(value: float | None) -> str:
     """Returns a score as tables show it."""
-    return "" if value is None else f"{value:.2f}"
+    return "" if value is None else f"{value:.2f}" if value == 0 or abs(value) >= 0.1 else f"{value:.4f}"
 
 
 def data_table(sources: Sequence[Source]) -> str:
@@ -119,7 +119,7 @@ def _settings(config: Config, first: int, last: int) -> dict[str, str]:
         + (f" in {config.grad_cache} micro-batches (gradient cache)" if config.grad_cache > 1 else ""),
         "loss": _losses(config.all_losses),
         "optimizer": _named(optimizer, () if optimizer.ema else ("ema",)),
-        "in a step, per query": f"up to {data.positives} positives and {data.negatives} hard negatives",
+        "in a step, per query": f"up to {data.positives} positives and {data.used_negatives} hard negatives",
         "computation": f"{config.model.dtype}, master weights {config.model.param_dtype}",
         "seed": str(config.seed),
     }

@@ -176,7 +176,7 @@ def test_gradient_is_that_of_a_dense_loss_over_the_same_masks(shift: bool) -> No
     of_masks = int(uint_mix(np.uint64(own ^ int(uint_mix(np.uint64(0))))))
     for i, text in enumerate(texts):
         number = np.uint64(2_000_000_000 + i)
-        t = 0.2 + 0.8 * ((((start + int(number) * 0x9E3779B9) % 2**32) >> 9) + 0.5) / 2**23
+        t = 0.2 + 0.8 * ((((start + (int(number) - 1) * 0x9E3779B9) % 2**32) >> 9) + 0.5) / 2**23
         places = np.arange(1, len(text) - 1)
         bits = uint_mix(uint_mix(np.uint64(of_masks) ^ number) ^ places.astype(np.uint64))
         masked = places[bits.astype(np.float64) < t * 2**32]
