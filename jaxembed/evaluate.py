@@ -11,8 +11,8 @@ model on the hub. Several sets or tasks are given by commas. Prints a table for 
   --pairs           training records that were held out, whose queries are to find their positives: files, folders,
                     globs, tfds:NAME:SPLIT, hf:NAME:SPLIT
   --classification  TRAIN_FILE:TEST_FILE of text, label; or folders of train.jsonl and test.jsonl
-  --texts           texts to predict, of a run with a loss over tokens: files of a text per line (.txt), or as --pairs;
-                    of texts, or of queries and their positives. --draws: masks of each, where it is not causal
+  --texts           texts to predict, by a run with a loss over tokens or a language model's folder: files of a text
+                    per line (.txt), or as --pairs, queries and positives. --draws: masks of each, if it is not causal
   --template        put every text into it, as language models that were not trained to embed want it: prompt_eol, echo,
                     meta_eol (the mean over several), or a text with {text} in it
   --moee            of a mixture of experts, compare routing weights: alone, concat (beside the states' vectors), or sum

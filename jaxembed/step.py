@@ -82,7 +82,7 @@ def make_loss(
     some_sources = any(len(term.sources) < len(config.data.train) for term in over_tokens)
 
     def loss(params: Params, batch: Batch, step: jax.Array, given: Given) -> tuple[jax.Array, Metrics]:
-        seed, done = step_seed(config.seed, step), step / max(steps - 1, 1)
+        seed, done = step_seed(config.seed, step), jnp.minimum(step / max(steps - 1, 1), 1)
         noise_seed = seed if uses_noise else None
         ahead = jnp.minimum((step + 1) / m.anneal_attention, 1) if m.anneal_attention else None
         model = join(params["model"], given.get("base", {}))

@@ -117,6 +117,7 @@ def test_the_command(real_data, folder, tmp_path, monkeypatch, capsys):
     flags.DEFINE_string("moee", "", "", flag_values=values)
     flags.DEFINE_float("moee_weight", 1.0, "", flag_values=values)
     flags.DEFINE_integer("expert", None, "", flag_values=values)
+    flags.DEFINE_integer("draws", 8, "", flag_values=values)
     flags.DEFINE_bool("bm25", False, "", flag_values=values)
     values(["evaluate", f"--mteb={NAMES[0]},{FILE}:NoData"])
     monkeypatch.setattr(flags, "FLAGS", values)
