@@ -50,6 +50,8 @@ DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the c
 ROUNDS = flags.DEFINE_integer("rounds", 3, "Times that each is measured.")
 CHUNK = flags.DEFINE_integer("chunk", 0, "Tokens in a chunk; 0 = the usual number.")
 KERNEL = flags.DEFINE_enum("kernel", "auto", ["auto", "associative", "steps"], "Form of Mamba's scan.")
+REMAT = flags.DEFINE_enum("remat", "none", ["none", "full"], "What the backward pass recomputes.")
+ONLY = flags.DEFINE_string("only", "", "Only the model of this name.")
 TORCH = flags.DEFINE_bool("torch", False, "Also transformers' MambaModel; its plain code on CPU takes minutes.")
 PLOT = flags.DEFINE_string("plot", "", "A PNG with the curves.")
 VOCAB = 1024
@@ -72,7 +74,7 @@ def makers() -> dict[str, Callable[[ModelOptions], Any]]:
 
 def program(make: Callable, rows: int, length: int) -> tuple[Any, tuple]:
     """Compiles forward and backward pass over full rows; returns it with its arguments."""
-    options = ModelOptions(dtype=DTYPE.value, unroll=1, ssm=SsmOptions(KERNEL.value, CHUNK.value))
+    options = ModelOptions(dtype=DTYPE.value, unroll=1, remat=REMAT.value, ssm=SsmOptions(KERNEL.value, CHUNK.value))
     tokens = np.random.default_rng(0).integers(0, VOCAB, (rows, length)).astype(np.int32)
     numbers = np.repeat(np.arange(1, rows + 1, dtype=np.int32)[:, None], length, 1)
     places = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
@@ -93,6 +95,8 @@ def measure() -> dict[str, dict[int, dict[str, float]]]:
     length = SHORTEST.value
     while length <= LONGEST.value:
         for name, make in makers().items():
+            if ONLY.value not in ("", name):
+                continue
             one, _ = program(make, 1, length)
             found.setdefault(name, {})[length] = {"row_bytes": one.memory_analysis().temp_size_in_bytes}
             if name != "transformer" or length <= LONGEST_ATTENTION.value:

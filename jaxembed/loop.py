@@ -102,8 +102,7 @@ class Loop:
         self.pending: tuple[StepInfo, dict[str, jax.Array]] | None = None
         self.line: dict[str, Any] | None = None  # the open one
         self.last_line: dict[str, Any] = {}
-        self.observer = run.observer
-        self.clock = self.observer.clock
+        self.observer, self.clock = run.observer, run.observer.clock
         config = stage.config.model
         flops = StepFlops.of(run.blueprint, stage.factory, run.blueprint.lora(config.lora), *passes(stage.config))
         self.meter = Meter(self.observer, run.mesh, flops, peak_flops(run.mesh, config.dtype))
