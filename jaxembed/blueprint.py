@@ -76,6 +76,11 @@ class Blueprint:
         return self.architecture.config_from_hf(self.hf_config)
 
     @property
+    def causal(self) -> bool:
+        """Whether no token sees one behind it, in any layer."""
+        return set(getattr(self.backbone, "attention", ("bidirectional",))) == {"causal"}
+
+    @property
     def experts(self) -> ExpertsShape | None:
         """The experts of its sparse layers; None where it has none."""
         match self.backbone:

@@ -18,7 +18,7 @@ from jaxembed.blueprint import Blueprint
 from jaxembed.data.batch import Rows
 from jaxembed.embedder import Embedder
 from jaxembed.errors import UserError
-from jaxembed.evaluation.likelihood import asking, is_causal, numbers_of, packed, predictable, require_language
+from jaxembed.evaluation.likelihood import asking, numbers_of, packed, predictable, require_language
 from jaxembed.hashing import mix, uniform
 from jaxembed.losses.cross_entropy import BIAS, TABLE
 from jaxembed.models.language_head import LanguageConfig
@@ -59,7 +59,7 @@ def require_filling(blueprint: Blueprint, where: str) -> LanguageConfig:
     Raises:
       UserError: it does not predict masked ones; `where` says what wants it.
     """
-    if blueprint.language is not None and is_causal(blueprint):
+    if blueprint.language is not None and blueprint.causal:
         raise UserError(
             f"{where}: the model is causal, it sees nothing behind a masked word: train one with "
             "config.model.attention = 'bidirectional' and a loss over masked words (masked_diffusion, masked_lm …)"

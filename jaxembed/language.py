@@ -87,8 +87,7 @@ def _shift(c: Config, losses: Sequence[LossConfig], learned: bool) -> bool:
 
 def _require_attention(blueprint: Blueprint, c: Config) -> None:
     """Refuses losses that do not go with what the model's attention sees, or with how it grows."""
-    backbone = blueprint.backbone
-    causal = set(getattr(backbone, "attention", ("bidirectional",))) == {"causal"}
+    backbone, causal = blueprint.backbone, blueprint.causal
     for loss in losses_over_tokens(c):
         if loss.name == "next_token" and not causal:
             raise UserError(

@@ -25,7 +25,7 @@ from jaxembed.models.layers.routing import RouterSums
 from jaxembed.models.text_encoder import ModelFactory, Params
 
 _VIEW, _FIRST = 0x51ED270B, 0x2545F491  # what seeds are for: noised views, and the losses from the first on
-QUERY, DOCUMENT = "query", "document"
+QUERY = "query"
 
 
 @jax.tree_util.register_dataclass
@@ -67,7 +67,7 @@ def token_losses(
         it.
       texts_per_pair: T, a query and what comes with it.
       seed: uint32 scalar, of the step.
-      noise_seed: of the dropout masks; None for none.
+      noise_seed: of the dropout masks, and of growing attention; None for neither.
       ahead: how far attention has grown; see `Noise`.
       done: part of the stage's steps that are done.
 
@@ -83,9 +83,8 @@ def token_losses(
         def answer(rows: Rows, term: Term = term, own: jax.Array = own) -> tuple[Answers, RouterSums | None]:
             asked = ask(term, rows, language, texts_per_pair, own)
             noise = None
-            if noise_seed is not None or ahead is not None:
-                dropout = own if noise_seed is None else mix(noise_seed ^ own)
-                noise = Noise(dropout, rows.segment_ids, rows.positions, ahead)
+            if noise_seed is not None:
+                noise = Noise(mix(noise_seed ^ own), rows.segment_ids, rows.positions, ahead)
             by_source = config.model.experts.routing == "source"
             read = dataclasses.replace(rows, tokens=asked.ids, source=rows.source if by_source else None)
             return answers(factory, model, read, asked, noise, term.config.tile)
@@ -143,7 +142,8 @@ def predict(
     factory: ModelFactory, model: Params, rows: Rows, asked: Questions, noise: Noise | None = None, tile: int = 2048
 ) -> tuple[jax.Array, jax.Array, RouterSums | None]:
     """Reads rows [R, L]; returns the questions' losses in nats, float32 [R, L], which were right, and the routers'."""
-    bound, language = factory.bind(model), factory.language
+    bound = factory.bind(model)
+    language = bound.language.config
     states, routers = bound.word_states(rows, noise)
     words = Words(language.words, tile, language.softcap)
     losses, right = cross_entropy(states, bound.word_table, bound.word_bias, asked.targets, asked.weights != 0, words)

@@ -76,7 +76,8 @@ def make_loss(
     losses' weights may change.
     """
     m = config.model
-    uses_noise = max(m.dropout, m.attention_dropout, m.lora.dropout) > 0 or m.experts.routing == "expert_choice"
+    drops = max(m.dropout, m.attention_dropout, m.lora.dropout) > 0
+    uses_noise = drops or m.anneal_attention > 0 or m.experts.routing == "expert_choice"
     over_vectors, over_tokens = (terms_of(config, over_tokens=x) for x in (False, True))
     of_vectors = _make_vector_loss(config, factory, pair, teacher)
     some_sources = any(len(term.sources) < len(config.data.train) for term in over_tokens)
@@ -181,7 +182,7 @@ def encode(
       texts_per_pair: T, a query and what comes with it.
       seed: of the dropout masks; None for none.
       layers: depths at which vectors are wanted too.
-      ahead: how far attention has grown from causal; None where it does not.
+      ahead: how far attention has grown from causal, with a seed; None where it does not.
 
     Returns:
       float32 vectors of the queries [1 + depths, N, E] and of what comes with each [1 + depths, N, T - 1, E], sharded
@@ -192,9 +193,7 @@ def encode(
     n_queries = n_pairs // (batch_shards(jax.sharding.get_abstract_mesh()) * micro_batches)
 
     def encode_rows(rows: Rows) -> tuple[jax.Array, RouterSums | None]:
-        noise = None
-        if seed is not None or ahead is not None:
-            noise = Noise(jnp.uint32(0) if seed is None else seed, rows.segment_ids, rows.positions, ahead)
+        noise = None if seed is None else Noise(seed, rows.segment_ids, rows.positions, ahead)
         return factory.bind(model).at_depths(rows, n_queries * texts_per_pair, noise, layers)
 
     if micro_batches == 1:

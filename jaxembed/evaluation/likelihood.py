@@ -220,18 +220,13 @@ def require_language(blueprint: Blueprint, task: str) -> tuple[LanguageConfig, b
             f"{task}: the model predicts no words: train it with a loss over tokens (masked_diffusion, masked_lm …), "
             "and name the run's folder"
         )
-    exact = is_causal(blueprint) and language.shift
+    exact = blueprint.causal and language.shift
     if not exact and language.mask_id < 0:
         raise UserError(
             f"{task}: the model is not causal, and has no mask token: train it with a loss over masked words, and set "
             "config.model.mask_token where its tokenizer has none"
         )
     return language, exact
-
-
-def is_causal(blueprint: Blueprint) -> bool:
-    """Whether no token sees one behind it, in any layer."""
-    return set(getattr(blueprint.backbone, "attention", ("bidirectional",))) == {"causal"}
 
 
 def predictable(ids: np.ndarray, language: LanguageConfig) -> np.ndarray:

@@ -28,6 +28,7 @@ from jaxembed.hf.safetensors_io import write_tensors
 from jaxembed.hf.table import Row, export_tensors, leaves_of
 from jaxembed.hf.weights import DENSE_BIAS, DENSE_WEIGHT, LATENT_ROWS, LAYER_WEIGHTS, dense_rows
 from jaxembed.hf.word_rules import require_cut
+from jaxembed.models.text_encoder import LANGUAGE
 from jaxembed.storage import AnyPath, StorePath, filling
 
 Array = np.ndarray | jax.Array
@@ -202,7 +203,7 @@ def write_hub_folder(
       UserError: something is at `out`, or it cannot be written; the model has no head that predicts words.
     """
     config, kind, unused = architecture.config_from_hf(hf_config), jnp.dtype(dtype), unused or {}
-    trained = any(path.startswith("language/") for path in leaves)
+    trained = any(path.startswith(LANGUAGE) for path in leaves)
     rows = hub_rows(architecture, hf_config, config, trained)
     others = [] if trained or not language_of(hf_config).own_table else list(architecture.unused(config).items())
     for name, shape in others:
