@@ -105,7 +105,7 @@ class SourceConfig:
     subset: str = ""  # of an 'hf' data set that has several (its "config name")
     split: str = "train"  # of a 'tfds' or 'hf' data set; slices too, such as 'train[:10%]'
     data_dir: str = ""  # where 'tfds' keeps what it prepared; '' = its own place
-    source: str = AUTO  # 'jsonl' | 'parquet' | 'tfds' | 'hf'; 'auto' = by the file's name
+    source: str = AUTO  # 'jsonl' | 'parquet' | 'txt' | 'tfds' | 'hf'; 'auto' = by the file's name
     format: str = "jaxembed"  # 'jaxembed' | 'st' | 'flagembedding' | 'tevatron'; 'texts' = each text with itself
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)  # our field → the file's column
     weight: float = 1.0  # how often a record is drawn, relative to records of other sources
@@ -267,6 +267,7 @@ class EvalConfig:
     texts: tuple[str, ...] = ()  # texts to predict, by a model with a loss over tokens: files, as for data.train
     draws: int = 8  # … masks drawn for each of them
     bm25: bool = False  # also score BM25, once, on the retrieval and pairs sets
+    hybrid: bool = False  # also score BM25's and the model's rankings fused, on the same sets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,7 +329,7 @@ CHOICES = {
     "model.experts.kernel": (AUTO, "blocks", "ragged"),
     "model.moee": ("", "alone", "concat", "sum"),
     "data.on_bad_record": ("error", "skip"),
-    "data.train[].source": (AUTO, "jsonl", "parquet", "tfds", "hf"),
+    "data.train[].source": (AUTO, "jsonl", "parquet", "txt", "tfds", "hf"),
     "data.train[].format": ("jaxembed", "st", "flagembedding", "tevatron", "texts"),
     "data.train[].negatives_from": ("source", "all"),
     **{

@@ -358,9 +358,14 @@ def _evaluation(c: Config) -> None:
         "config.eval.every is set but config.eval.sts, .retrieval, .pairs, .classification and .texts are empty",
     )
     require(e.draws >= 1, f"config.eval.draws = {e.draws}: must be at least 1")
+    for name, asked in (("bm25", e.bm25), ("hybrid", e.hybrid)):
+        require(
+            not asked or bool(e.retrieval + e.pairs),
+            f"config.eval.{name} searches the sets of config.eval.retrieval and .pairs: both are empty",
+        )
     require(
-        not e.bm25 or bool(e.retrieval + e.pairs),
-        "config.eval.bm25 searches the sets of config.eval.retrieval and .pairs: both are empty",
+        not c.checkpoint.best.startswith("hybrid/"),
+        f"config.checkpoint.best = {c.checkpoint.best!r}: the model's own scores say which is kept: 'eval/…'",
     )
     require(
         c.checkpoint.best.rsplit("/", 1)[-1] not in LOWER_IS_BETTER,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,12 +10,11 @@ import numpy as np
 
 from jaxembed import model_source, sharding, similarity
 from jaxembed.blueprint import Blueprint
-from jaxembed.checkpoint import FOLDER as CHECKPOINTS
 from jaxembed.checkpoint import find, split
 from jaxembed.config import AUTO, MeshConfig
 from jaxembed.data.templates import several
 from jaxembed.data.tokenizer import Tokenizer
-from jaxembed.encoding import device_batches
+from jaxembed.encoding import DeviceBatch, TokenizedTexts, device_batches
 from jaxembed.errors import UserError
 from jaxembed.hf.hub import resolve
 from jaxembed.hf.source_experts import serving
@@ -43,6 +42,7 @@ class Embedder:
         mesh: jax.sharding.Mesh,
         run: RunStep | None = None,
         tokenizers: Sequence[Tokenizer] = (),
+        options: ModelOptions | None = None,
     ) -> None:
         """Joins what makes a model.
 
@@ -53,7 +53,9 @@ class Embedder:
           mesh: where to compute.
           run: the run that the parameters are of, for the model card; None for none.
           tokenizers: several in place of the blueprint's; the vectors that they lead to are averaged.
+          options: those that the factory was made with; None: the usual ones.
         """
+        self.options = options or ModelOptions()
         self.tokenizers = tuple(tokenizers) or (blueprint.tokenizer,)
         self.blueprint, self.factory, self.params, self.mesh, self.run = blueprint, factory, params, mesh, run
         self._forward = factory.encoder
@@ -98,7 +100,7 @@ class Embedder:
         mesh = mesh or sharding.make_mesh(MeshConfig())
         spec = str(path)
         run = None
-        if (split(spec)[0] / CHECKPOINTS).is_dir():
+        if model_source.is_run(spec):
             blueprint, load = model_source.open_run(spec)
             run = RunStep(split(spec)[0], int(find(spec).name))
         else:
@@ -125,9 +127,10 @@ class Embedder:
             blueprint, load = model_source.with_words(blueprint, load)
         if moee:
             run, blueprint = None, _routed(blueprint, moee, moee_weight)
-        factory = blueprint.factory(ModelOptions(dtype=dtype))
+        options = ModelOptions(dtype=dtype)
+        factory = blueprint.factory(options)
         with jax.set_mesh(mesh):
-            return cls(blueprint, factory, load(factory), mesh, run, tokenizers)
+            return cls(blueprint, factory, load(factory), mesh, run, tokenizers, options)
 
     @property
     def width(self) -> int:
@@ -138,6 +141,16 @@ class Embedder:
     def prompts(self) -> dict[str, str]:
         """The model's prompts by name. As in sentence-transformers every model has 'query' and 'document', maybe ''."""
         return {"query": "", "document": "", **self.blueprint.prompts}
+
+    def prompt_of(self, name: str) -> str:
+        """Returns the prompt of a name; '' for none.
+
+        Raises:
+          UserError: the model has no prompt of that name.
+        """
+        if name and name not in self.prompts:
+            raise UserError(f"prompt_name={name!r}: the model's prompts are {', '.join(self.prompts)}")
+        return self.prompts.get(name, "")
 
     def encode(
         self,
@@ -175,24 +188,49 @@ class Embedder:
         single = isinstance(texts, str)
         texts = [texts] if single else list(texts)
         if prompt is None:
-            prompt = self._prompt(self.blueprint.default_prompt_name if prompt_name is None else prompt_name)
+            prompt = self.prompt_of(self.blueprint.default_prompt_name if prompt_name is None else prompt_name)
         vectors = np.zeros((len(texts), self.width), np.float32)
         with Progress(console=Console(stderr=True), transient=True, disable=not show_progress_bar) as progress:
             task = progress.add_task("encoding", total=len(texts) * len(self.tokenizers))
             for first in range(0, len(texts), WINDOW):
-                window = vectors[first : first + WINDOW]
-                for tokenizer in self.tokenizers:
-                    part = np.zeros_like(window)
-                    for n in self._encode_window(texts[first : first + WINDOW], tokenizer, prompt, batch_size, part):
-                        progress.advance(task, n)
-                    window += part / len(self.tokenizers)
-        if len(self.tokenizers) > 1 and self.blueprint.head.unit:
-            vectors = similarity.unit(vectors)
+                window = self.tokenize(texts[first : first + WINDOW], prompt)
+                filled = self.encode_tokens(window, batch_size, lambda batch: progress.advance(task, batch.n_texts))
+                vectors[first : first + WINDOW] = filled
         width = self.blueprint.truncate_dim if truncate_dim is None else truncate_dim
         vectors = vectors[:, :width] if width else vectors
         if normalize_embeddings:
             vectors = similarity.unit(vectors)
         return vectors[0] if single else vectors
+
+    def tokenize(self, texts: Sequence[str], prompt: str = "") -> tuple[TokenizedTexts, ...]:
+        """Returns the tokens of texts behind a prompt, by each of the model's tokenizers. Needs no device."""
+        limit = self.blueprint.max_length
+        tokenized = []
+        for tokenizer in self.tokenizers:
+            tokens = tokenizer.encode(texts, limit, prompt)
+            lengths = np.array([len(ids) for ids in tokens], np.int64)
+            of_prompt = tokenizer.prompt_lengths(tokenizer.prompt_length(prompt), lengths)
+            tokenized.append(TokenizedTexts(tokens, of_prompt, tokenizer.longest(limit)))
+        return tuple(tokenized)
+
+    def encode_tokens(
+        self,
+        tokenized: Sequence[TokenizedTexts],
+        batch_size: int = 0,
+        done: Callable[[DeviceBatch], object] = lambda batch: None,
+    ) -> np.ndarray:
+        """Encodes texts that `tokenize` made tokens of.
+
+        Args:
+          tokenized: the same texts by each tokenizer.
+          batch_size: as in `encode`.
+          done: called with each device batch when its vectors are there.
+
+        Returns:
+          float32 [n, E], in the order given, neither truncated nor scaled beyond what the model does.
+        """
+        vectors = sum(self._encode_tokens(each, batch_size, done) / len(tokenized) for each in tokenized)
+        return similarity.unit(vectors) if len(tokenized) > 1 and self.blueprint.head.unit else vectors
 
     def encode_query(self, texts: str | Sequence[str], **kwargs: Any) -> np.ndarray:
         """Encodes with the prompt 'query', unless another is asked for; arguments as for `encode`."""
@@ -215,6 +253,13 @@ class Embedder:
         a, b = (np.atleast_2d(np.asarray(x, np.float32)) for x in (a, b))
         return similarity.pairwise(a, b, self.blueprint.similarity).astype(np.float32)
 
+    def raw(self) -> "Embedder":
+        """Returns the model without its own scaling to length 1, for linear heads that go in between."""
+        head = dataclasses.replace(self.blueprint.head, normalize=False)
+        blueprint = dataclasses.replace(self.blueprint, head=head)
+        factory = blueprint.factory(self.options)
+        return Embedder(blueprint, factory, self.params, self.mesh, self.run, self.tokenizers, self.options)
+
     def save(self, folder: str | pathlib.Path, dtype: str = "float32") -> None:
         """Writes a folder that sentence-transformers opens, its tensors of `dtype`: 'float32' or 'bfloat16'.
 
@@ -232,30 +277,28 @@ class Embedder:
         asked = any(kwargs.get(name) is not None for name in ("prompt", "prompt_name"))
         return self.encode(texts, **(kwargs if asked else kwargs | {"prompt_name": prompt_name}))
 
-    def _prompt(self, name: str) -> str:
-        if name and name not in self.prompts:
-            raise UserError(f"prompt_name={name!r}: the model's prompts are {', '.join(self.prompts)}")
-        return self.prompts.get(name, "")
+    def _encode_tokens(
+        self, texts: TokenizedTexts, batch_size: int, done: Callable[[DeviceBatch], object]
+    ) -> np.ndarray:
+        vectors = np.zeros((len(texts.tokens), self.width), np.float32)
+        batches = device_batches(texts, batch_shards(self.mesh), batch_size)
+        running: list[tuple[DeviceBatch, jax.Array]] = []
 
-    def _encode_window(
-        self, texts: list[str], tokenizer: Tokenizer, prompt: str, batch_size: int, out: np.ndarray
-    ) -> Iterator[int]:
-        """Fills `out` [n, E] with the texts' vectors; yields how many are done with each device batch."""
-        limit = self.blueprint.max_length
-        tokens = tokenizer.encode(texts, limit, prompt)
-        lengths = np.array([len(ids) for ids in tokens], np.int64)
-        of_prompt = tokenizer.prompt_lengths(tokenizer.prompt_length(prompt), lengths)
-        longest = tokenizer.longest(limit)
-        batches = device_batches(tokens, of_prompt, batch_shards(self.mesh), longest, batch_size)
-        running: list[tuple[np.ndarray, jax.Array]] = []
+        def collect() -> None:
+            batch, vectors_SxTxE = running.pop(0)
+            real = batch.texts >= 0
+            vectors[batch.texts[real]] = np.asarray(vectors_SxTxE)[real]
+            done(batch)
+
         with jax.set_mesh(self.mesh):
             for batch in batches:
                 rows = jax.tree.map(lambda x: put(x, self.mesh, ROWS), batch.rows)
-                running.append((batch.texts, self._forward(self.params, rows, batch.slots)))
+                running.append((batch, self._forward(self.params, rows, batch.slots)))
                 if len(running) > 1:  # the device computes one batch while the host prepares the next
-                    yield _collect(*running.pop(0), out)
-            for texts_and_vectors in running:
-                yield _collect(*texts_and_vectors, out)
+                    collect()
+            while running:
+                collect()
+        return vectors
 
 
 def _prompted(
@@ -284,9 +327,3 @@ def _routed(blueprint: Blueprint, moee: str, weight: float) -> Blueprint:
             "routing weights off: leave it out"
         )
     return dataclasses.replace(blueprint, head=with_moee(blueprint.head, blueprint.backbone, moee, weight))
-
-
-def _collect(texts_SxT: np.ndarray, vectors_SxTxE: jax.Array, out: np.ndarray) -> int:
-    real = texts_SxT >= 0
-    out[texts_SxT[real]] = np.asarray(vectors_SxTxE)[real]
-    return int(real.sum())

@@ -19,6 +19,7 @@ model on the hub. Several sets or tasks are given by commas. Prints a table for 
                     (both similarities, the routing weights' times --moee_weight); no training needed
   --expert          of a model whose sources have an expert each (config.model.experts.routing = 'source'): which one
   --bm25            score BM25 too, on the retrieval and pairs sets
+  --hybrid          on these sets, score the model's and BM25's rankings fused into one (by reciprocal rank), too
   --mteb            names of tasks, or FILE.py:ClassName for one of your own; results go to --mteb_out
 """
 
@@ -40,7 +41,8 @@ SETS = ("sts", "retrieval", "pairs", "classification", "texts")  # flags that ar
 def main() -> None:
     """Runs the command."""
     flag = flags.FLAGS
-    sets = EvalConfig(**{kind: tuple(flag[kind].value) for kind in SETS}, draws=flag.draws, bm25=flag.bm25)
+    lists = {kind: tuple(flag[kind].value) for kind in SETS}
+    sets = EvalConfig(**lists, draws=flag.draws, bm25=flag.bm25, hybrid=flag.hybrid)
     _require_flags(sets)
     with connect() as peers:
         _evaluate(sets, peers)
@@ -87,8 +89,9 @@ def _require_flags(sets: EvalConfig) -> None:
         raise UserError("--model is missing: name a run's folder or an exported one")
     if not flag.mteb and not any(getattr(sets, kind) for kind in SETS):
         raise UserError(f"nothing to evaluate on: give --{', --'.join(SETS)} or --mteb")
-    if sets.bm25 and not sets.retrieval + sets.pairs:
-        raise UserError("--bm25 searches the sets of --retrieval and --pairs: give one")
+    for name in ("bm25", "hybrid"):
+        if flag[name].value and not sets.retrieval + sets.pairs:
+            raise UserError(f"--{name} searches the sets of --retrieval and --pairs: give one")
     if flag["draws"].present and not sets.texts:
         raise UserError("--draws are masks of the texts of --texts: give one")
     if flag["moee_weight"].present and flag.moee != "sum":
@@ -111,6 +114,7 @@ if __name__ == "__main__":
     flags.DEFINE_float("moee_weight", 1.0, "Of the routing weights' similarity in --moee=sum.")
     flags.DEFINE_integer("expert", None, "The source whose expert texts are given, of a model trained so.")
     flags.DEFINE_bool("bm25", False, "Score BM25 too.")
+    flags.DEFINE_bool("hybrid", False, "Score the model and BM25 together, too.")
     flags.DEFINE_list("mteb", [], "Tasks of MTEB.")
     flags.DEFINE_string("mteb_out", "mteb_results", "Folder for MTEB's results, in its own layout.")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation.")

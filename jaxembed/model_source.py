@@ -300,6 +300,30 @@ def digest_of(init: str) -> str:
     return hashlib.sha256("\n".join(said).encode()).hexdigest()
 
 
+def fingerprint(spec: str, blueprint: Blueprint) -> str:
+    """Returns a digest of all that a model's vectors depend on, whatever it is called and wherever it lies.
+
+    Args:
+      spec: what was opened: a run ('DIR', 'DIR@STEP', 'DIR@best'), a folder, or 'ORG/NAME[@REVISION]' on the hub.
+      blueprint: as it is used.
+    """
+    if is_run(spec):
+        weights = [digest_of(f"run:{spec}")]
+    else:
+        folder = read_folder(resolve(spec))
+        modules = (folder.layer_pooling, folder.latent, folder.expansion, folder.dense)
+        weights = [digest(open_tensors(module.path)) for module in modules if module]
+        weights.append(digest(open_tensors(folder.transformer)))
+    kept = {key: value for key, value in blueprint.hf_config.items() if not key.startswith("_")}
+    said = [*weights, blueprint.tokenizer.fingerprint(), repr(blueprint.head), repr(sorted(kept.items(), key=str))]
+    return hashlib.sha256("\n".join(said).encode()).hexdigest()
+
+
+def is_run(spec: str) -> bool:
+    """Tells a run's folder, with or without a step, from other models."""
+    return (checkpoint.split(spec)[0] / checkpoint.FOLDER).is_dir()
+
+
 def load_trained(spec: str, blueprint: Blueprint, lora: Lora) -> Params:
     """Returns the adapters and the head of a run's checkpoint, in float32."""
     return checkpoint.restore_model(spec, split(blueprint.factory(ModelOptions(), lora=lora).abstract())[0])

@@ -70,7 +70,7 @@ class Progress:
     def update(self, line: dict[str, Any]) -> None:
         """Shows a step's metrics."""
         figures = (
-            f"loss {line['loss']:.4f}  {_short(line['pairs_per_s'])} pairs/s  {_short(line['tokens_per_s'])} tokens/s  "
+            f"loss {line['loss']:.4f}  {short(line['pairs_per_s'])} pairs/s  {short(line['tokens_per_s'])} tokens/s  "
             f"waste {line['padding_waste']:.1%}  {line['step_s']:.3g} s/step"
         )
         if "mfu" in line:  # the chip's peak is known
@@ -100,11 +100,57 @@ class Progress:
         return f"  {_clock(seconds)} left" if seconds else ""
 
 
+class WorkBar:
+    """Shows how far a long piece of work is, on standard error: a bar in a terminal, else a line now and then."""
+
+    def __init__(self, name: str, total: int, active: bool = True) -> None:
+        """Starts the display.
+
+        Args:
+          name: of the work.
+          total: what `update`'s `done` comes to at the end, in whatever unit.
+          active: False shows nothing.
+        """
+        self.name = name
+        self.console = Console(file=sys.stderr, quiet=not active)
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        shown = active and self.console.is_terminal
+        self.bar = _Bar(*columns, console=self.console, disable=not shown, expand=True)
+        self.task = self.bar.add_task(name, total=total)
+        self.last_line = time.monotonic()
+
+    def __enter__(self) -> "WorkBar":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def update(self, done: float, figures: str) -> None:
+        """Shows how much is done, and figures beside it."""
+        self.bar.status = Text(figures, style="cyan", no_wrap=True, overflow="ellipsis")
+        self.bar.update(self.task, completed=done)
+        if not self.console.is_terminal and time.monotonic() - self.last_line > LINE_EVERY:
+            seconds = self.bar.tasks[0].time_remaining
+            left = f"  {_clock(seconds)} left" if seconds else ""
+            part = done / max(self.bar.tasks[0].total, 1)
+            line = f"{self.name}: {part:.1%}  {figures}{left}"
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+            self.last_line = time.monotonic()
+
+
 def _is_main(name: str) -> bool:
     return name.startswith("eval/") and name.count("/") == 2
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """Returns a number in five characters or so: 853, 2,312, 120k, 1.3M."""
     if value < 10_000:
         return f"{value:,.0f}"

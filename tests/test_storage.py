@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import stored_vectors
 from store_server import forget_stores, other_machine, serving
 from tiny_run import write_pairs, write_records, write_tokenizer
 
@@ -31,6 +32,7 @@ from jaxembed.metrics import MetricsWriter, read_metrics
 from jaxembed.run_folder import claim, disk_errors
 from jaxembed.storage import StorePath, filling, local, path_of
 from jaxembed.train import require_files
+from jaxembed.vectors.folder import VectorFolder
 
 
 def put(path: StorePath, content: bytes) -> str:
@@ -320,3 +322,11 @@ def test_a_store_that_orbax_loses_is_no_mistake_of_the_users():
         with pytest.raises(kind, match="CURL error") as raised, disk_errors(workdir):
             raise ValueError("UNAVAILABLE: CURL error: Could not connect to server")
         assert type(raised.value) is kind
+
+
+@pytest.mark.parametrize("layout", ["npy", "parquet"])
+def test_vectors_are_written_to_a_store_and_read_from_it(place, layout):
+    folder = stored_vectors.write_shards(place / layout, dtype="int8", layout=layout)
+    opened = VectorFolder.open(str(folder), "--corpus")
+    assert list(opened.ids()) == stored_vectors.IDS
+    assert np.abs(opened.vectors() - stored_vectors.VECTORS).max() < 0.02

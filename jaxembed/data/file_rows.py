@@ -1,4 +1,4 @@
-"""Rows of JSON lines and parquet files, one file after the other, whatever their size."""
+"""Rows of JSON lines, plain lines and parquet files, one file after the other, whatever their size."""
 
 import contextlib
 import gzip
@@ -23,6 +23,7 @@ class FileRows:
     """The rows of a file, of a folder's files or of a glob's. A `RowSource`.
 
     Rows are numbered through all files: by lines in JSON lines, blank ones included, so that a number leads to a line.
+    A line of a plain file is a row with the field 'text'.
     """
 
     licence = ""  # plain files do not say
@@ -54,7 +55,7 @@ class FileRows:
         number = 0
         for file in self.files:
             self._starts.append(start := number)
-            for line, row in self._json_rows(file) if self.kind == "jsonl" else self._parquet_rows(file, choose):
+            for line, row in self._parquet_rows(file, choose) if self.kind == "parquet" else self._line_rows(file):
                 number = start + line
                 if row is not None:
                     yield number, row
@@ -68,12 +69,13 @@ class FileRows:
         return self._places(tuple(file.absolute() for file in self.files))
 
     def _places(self, files: tuple[AnyPath, ...]) -> list[tuple[int, str]]:
-        join = ":" if self.kind == "jsonl" else " row "
+        join = " row " if self.kind == "parquet" else ":"
         return [(start, f"{file}{join}") for start, file in zip(self._starts, files)]
 
-    def _json_rows(self, file: AnyPath) -> Iterator[tuple[int, Row | None]]:
+    def _line_rows(self, file: AnyPath) -> Iterator[tuple[int, Row | None]]:
         """Yields (line, row), None for the row of a blank line."""
         before, number = self.done, 0
+        parse = _parse if self.kind == "jsonl" else _plain
         try:
             with file.open("rb") as raw:
                 zipped = file.name.endswith(".gz")
@@ -82,7 +84,7 @@ class FileRows:
                     self.done = before + raw.tell()
                     if number == 1:
                         line = line.removeprefix(b"\xef\xbb\xbf")
-                    yield number, _parse(line) if line.strip() else None
+                    yield number, parse(line) if line.strip() else None
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{file}: cannot read on after line {number}: {reason(error)}") from error
 
@@ -122,11 +124,22 @@ def _open_parquet(path: AnyPath) -> Iterator[Any]:
         yield stack.enter_context(file)
 
 
+def _plain(line: bytes) -> Row:
+    try:
+        return {"text": line.decode().rstrip("\r\n")}
+    except UnicodeDecodeError as error:
+        return _no_utf8(error)
+
+
+def _no_utf8(error: UnicodeDecodeError) -> BadRecord:
+    return BadRecord(f"not UTF-8 (byte {error.start + 1} of the line)")
+
+
 def _parse(line: bytes) -> Row:
     try:
         row = json.loads(line.decode())
     except UnicodeDecodeError as error:
-        return BadRecord(f"not UTF-8 (byte {error.start + 1} of the line)")
+        return _no_utf8(error)
     except json.JSONDecodeError as error:
         return BadRecord(f"broken JSON ({error.msg}, column {error.colno}); wants one object a line")
     except (ValueError, RecursionError) as error:

@@ -180,7 +180,7 @@ def _text(item: Any, key: str, record_format: str) -> str:
         raise BadRecord(f"{key!r} wants text, has {type(item).__name__}")
     if not item.strip():
         raise BadRecord(f"{key!r} is empty")
-    return _unicode(item, key)
+    return require_unicode(item, key)
 
 
 def _scores(row: Mapping[str, Any], keys: tuple[str, ...], record_format: str) -> tuple[float, ...]:
@@ -206,11 +206,11 @@ def _name(row: Mapping[str, Any], keys: tuple[str, ...]) -> str:
         value = int(value)
     if not isinstance(value, str | int):
         raise BadRecord(f"{keys[0]!r} wants text or a whole number, has {type(value).__name__}")
-    return _unicode(str(value), keys[0])
+    return require_unicode(str(value), keys[0])
 
 
-def _unicode(text: str, key: str) -> str:
-    """Refuses half a surrogate pair, which JSON can spell but UTF-8, hence the tokenizer, cannot."""
+def require_unicode(text: str, key: str) -> str:
+    """Returns the text; refuses half a surrogate pair, which JSON can spell but UTF-8, hence the tokenizer, cannot."""
     if not text.isascii():
         try:
             text.encode()

@@ -9,7 +9,7 @@ from jaxembed.data.record_formats import BadRecord, Record, fields_of, layout_of
 from jaxembed.data.rows import RowSource
 from jaxembed.errors import UserError
 
-__all__ = ["Record", "RecordReader"]
+__all__ = ["Record", "RecordReader", "open_rows"]
 
 _KEPT_REASONS = 5
 
@@ -43,7 +43,7 @@ class RecordReader:
                     f"{where}.columns: there is no field {field!r} in records of format {source.format!r}"
                     f"{nearest(field, fields)}"
                 )
-        self.source = _open(source, where)
+        self.source = open_rows(source, where)
         self._columns = tuple(sorted(source.columns.items()))
         self._format = source.format
         self._skip = on_bad_record == "skip"
@@ -112,7 +112,7 @@ class RecordReader:
         return chosen
 
 
-def _open(source: SourceConfig, where: str) -> RowSource:
+def open_rows(source: SourceConfig, where: str) -> RowSource:
     """Opens the rows of a source; packages that read data sets are imported only where one is named."""
     if source.source == "tfds":
         from jaxembed.data.tfds_rows import TfdsRows

@@ -15,7 +15,7 @@ class RowSource(Protocol):
     """A source's rows, in a fixed order, numbered from 1.
 
     Attributes:
-      kind: 'jsonl', 'parquet', 'tfds' or 'hf'.
+      kind: 'jsonl', 'txt', 'parquet', 'tfds' or 'hf'.
       title: the source as the user named it, for messages.
       label: a short name of it without any path of this machine.
       licence: what the data set says of its own licence; '' where it says nothing.

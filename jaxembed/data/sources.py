@@ -13,8 +13,13 @@ from jaxembed.storage import AnyPath, StorePath, is_url, path_of, sizes
 
 DATA_SETS = ("tfds", "hf")  # sources whose rows a package of their own reads
 
-_SUFFIXES = {"jsonl": (".jsonl", ".jsonl.gz", ".json", ".json.gz"), "parquet": (".parquet",)}
+_SUFFIXES = {
+    "jsonl": (".jsonl", ".jsonl.gz", ".json", ".json.gz"),
+    "parquet": (".parquet",),
+    "txt": (".txt", ".txt.gz"),
+}
 _ALL_SUFFIXES = tuple(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)
+_ROW_SUFFIXES = _SUFFIXES["jsonl"] + _SUFFIXES["parquet"]
 _INFO_FILES = ("dataset_info.json", "dataset_dict.json")  # what a folder written by tfds or datasets has
 _SPLIT = r"[A-Za-z][\w.-]*(\[[^\]]*\])?"
 _SHORTHAND = re.compile(rf"(?P<source>tfds|hf):(?P<name>.+?)(:(?P<split>{_SPLIT}(\+{_SPLIT})*))?")
@@ -67,7 +72,7 @@ def check_place(source: SourceConfig, field: str) -> None:
 
 
 def find_files(source: SourceConfig, field: str) -> tuple[str, tuple[AnyPath, ...]]:
-    """Returns the kind of a source's files, 'jsonl' or 'parquet', and the files in the order of their names.
+    """Returns the kind of a source's files, 'jsonl', 'parquet' or 'txt', and the files in the order of their names.
 
     A folder stands for all files of a known kind in it and its subfolders, a glob (`**` goes through subfolders) for
     all files that it matches. Hidden files are left out of both.
@@ -102,13 +107,15 @@ def _matching(path: AnyPath) -> tuple[AnyPath, ...]:
 def _files_in(folder: AnyPath, kind: str, said: str) -> tuple[AnyPath, ...]:
     if kind == AUTO and _is_data_set(folder):
         raise UserError(f"{said} is the folder of a prepared data set: give it as tfds:FOLDER or hf:FOLDER")
-    wanted = _SUFFIXES.get(kind, _ALL_SUFFIXES)
     names = map(pathlib.PurePosixPath, sizes(folder))
     visible = sorted(name for name in names if not any(part.startswith(".") for part in name.parts))
-    files = tuple(folder / str(name) for name in visible if name.name.endswith(wanted))
-    if not files:
-        raise UserError(f"{said}: no {', '.join(wanted)} file in this folder or its subfolders")
-    return files
+    # Beside other files, plain text is what was written about them: README.txt, LICENSE.txt.
+    choices = (_ROW_SUFFIXES, _SUFFIXES["txt"]) if kind == AUTO else (_SUFFIXES[kind],)
+    for wanted in choices:
+        files = tuple(folder / str(name) for name in visible if name.name.endswith(wanted))
+        if files:
+            return files
+    raise UserError(f"{said}: no {', '.join(sum(choices, ()))} file in this folder or its subfolders")
 
 
 def _common_kind(files: tuple[AnyPath, ...], said: str) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from jaxembed.evaluation.retrieval import RetrievalData, ranking_depth, score_rankings
+from jaxembed.evaluation.retrieval import RetrievalData, ranking_depth
 
 K1, B = 1.2, 0.75  # Lucene's
 
@@ -43,9 +43,9 @@ def words(text: str) -> list[str]:
     return [_singular(word) for word in found if word not in _STOP_WORDS]
 
 
-def evaluate_bm25(data: RetrievalData) -> dict[str, float]:
-    """Ranks the documents by BM25 and scores the rankings as a model's are; see `score_rankings`."""
-    return score_rankings(data, _rank(data.queries, data.documents, ranking_depth(data)))
+def rank_by_words(data: RetrievalData) -> list[np.ndarray]:
+    """Returns for each query the numbers of documents, best first: see `_rank`; at most `ranking_depth` of them."""
+    return list(_rank(data.queries, data.documents, ranking_depth(data)))
 
 
 def _rank(queries: list[str], documents: list[str], depth: int) -> Iterator[np.ndarray]:

@@ -23,7 +23,7 @@ from jaxembed.data.batch import Rows
 from jaxembed.data.records import RecordReader
 from jaxembed.data.sources import parse_spec
 from jaxembed.embedder import Embedder
-from jaxembed.encoding import DeviceBatch, device_batches
+from jaxembed.encoding import DeviceBatch, TokenizedTexts, device_batches
 from jaxembed.errors import UserError
 from jaxembed.evaluation.lines import read_lines
 from jaxembed.evaluation.pairs import set_name
@@ -280,7 +280,8 @@ def numbers_of(batch: DeviceBatch) -> np.ndarray:
 def packed(embedder: Embedder, ids: Sequence[np.ndarray]) -> Iterator[DeviceBatch]:
     """Packs texts into device batches of the model's mesh; to be called with the mesh set."""
     longest = embedder.blueprint.tokenizer.longest(embedder.blueprint.max_length)
-    return device_batches(ids, np.zeros(len(ids), np.int64), batch_shards(embedder.mesh), longest)
+    texts = TokenizedTexts(ids, np.zeros(len(ids), np.int64), longest)
+    return device_batches(texts, batch_shards(embedder.mesh))
 
 
 def _tokens(texts: Sequence[str], embedder: Embedder) -> list[np.ndarray]:

@@ -1,7 +1,8 @@
 """Scores as metrics and as tables.
 
-Results are a dict by task, 'KIND/NAME' or, of a baseline, 'bm25/KIND/NAME', of that kind's metrics, each times 100; but
-those of texts that are predicted, 'texts/NAME', are as they are: nats, and parts of 1.
+Results are a dict by task, 'KIND/NAME' or, of what stands beside the model, 'bm25/KIND/NAME' and 'hybrid/KIND/NAME', of
+that kind's metrics, each times 100; but those of texts that are predicted, 'texts/NAME', are as they are: nats, and
+parts of 1.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,8 @@ from rich.table import Table
 
 from jaxembed.evaluation.mteb_tasks import MtebScore
 
-BM25 = "bm25/"  # before the names of BM25's results
+BM25, HYBRID = "bm25/", "hybrid/"  # before the names of their results
+_BESIDE = {BM25: "  BM25", HYBRID: "  hybrid"}  # rows below the model's
 # kind of task → the metric that stands for it
 MAIN_METRIC = {
     "sts": "spearman",
@@ -33,7 +35,7 @@ Results = dict[str, dict[str, float]]  # task → metric → score
 
 
 def main_scores(results: Results) -> dict[str, float]:
-    """Returns one score per task, as 'eval/KIND/NAME' or 'bm25/KIND/NAME'."""
+    """Returns one score per task, as 'eval/KIND/NAME', 'bm25/KIND/NAME' or 'hybrid/KIND/NAME'."""
     return {_metric_name(task): scores[_main_metric(task)] for task, scores in results.items()}
 
 
@@ -48,22 +50,26 @@ def flat_scores(results: Results) -> dict[str, float]:
 
 
 def scores_tables(results: Results, baselines: Results) -> list[Table]:
-    """Lays the scores out: a table per kind of task, a row per task, a column per metric; BM25's row below the model's.
+    """Lays the scores out: a table per kind of task, a row per task, a column per metric.
+
+    Below the model's row stand BM25's and that of both fused.
 
     Args:
-      results: the model's.
+      results: the model's, and those of it and BM25.
       baselines: BM25's, on some of the same sets.
     """
     tables: dict[str, Table] = {}
-    for task, scores in results.items():
+    own = {task: scores for task, scores in results.items() if not task.startswith(HYBRID)}
+    for task, scores in own.items():
         kind, _, name = task.partition("/")
         if kind not in tables:
             tables[kind] = _table(_TITLES[kind])
             for metric in scores:
                 tables[kind].add_column(metric, justify="right", no_wrap=True)
         tables[kind].add_row(name, *_cells(scores, _DECIMALS.get(kind, 2)))
-        if BM25 + task in baselines:
-            tables[kind].add_row("  BM25", *_cells(baselines[BM25 + task]), style="dim")
+        for prefix, name in _BESIDE.items():
+            if beside := (results | baselines).get(prefix + task):
+                tables[kind].add_row(name, *_cells(beside), style="dim")
     return list(tables.values())
 
 
@@ -89,8 +95,8 @@ def _cells(scores: dict[str, float], decimals: int = 2) -> list[str]:
 
 
 def _metric_name(task: str) -> str:
-    return task if task.startswith(BM25) else f"eval/{task}"
+    return task if task.startswith((BM25, HYBRID)) else f"eval/{task}"
 
 
 def _main_metric(task: str) -> str:
-    return MAIN_METRIC[task.removeprefix(BM25).split("/")[0]]
+    return MAIN_METRIC[task.removeprefix(BM25).removeprefix(HYBRID).split("/")[0]]

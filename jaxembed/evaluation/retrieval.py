@@ -1,8 +1,9 @@
 """Retrieval in the form of BEIR (Thakur et al. 2021, arXiv:2104.08663): find the documents that answer a query."""
 
 import dataclasses
+import itertools
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from absl import logging
@@ -16,7 +17,7 @@ from jaxembed.storage import AnyPath
 
 DEPTH = 100  # documents ranked per query
 
-# search(queries_QxE, documents_NxE, k) → scores and document numbers, each [Q, k], best first: see `search.top_k`
+# search(queries_QxE, documents_NxE, k) → scores and document numbers, each [Q, k], best first: see `exact.top_k`
 Search = Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]
 
 
@@ -77,30 +78,27 @@ def read_retrieval(folder: str | pathlib.Path) -> RetrievalData:
     )
 
 
-def evaluate_retrieval(data: RetrievalData, encode: Encode, search: Search, similarity: str) -> dict[str, float]:
-    """Ranks all documents for each query and scores the first `DEPTH`.
+def rank_by_vectors(data: RetrievalData, encode: Encode, search: Search, similarity: str) -> np.ndarray:
+    """Ranks documents for each query by a model.
 
     Queries are encoded with the prompt 'query', documents with 'document'. A document whose id equals the query's is
-    ranked like any other. The formulas are those of sentence-transformers' InformationRetrievalEvaluator, but for
-    nDCG's gains: here they are the judgements' scores, as in trec_eval and BEIR, there 1 for every relevant document,
-    so the two differ where judgements are graded.
+    ranked like any other.
 
     Args:
       data: what to search for, and where.
       encode: the model.
-      search: e.g. `search.top_k`.
+      search: e.g. `exact.top_k`.
       similarity: 'cosine', 'dot' or 'euclidean'.
 
     Returns:
-      What `score_rankings` does.
+      Per query the numbers of `ranking_depth` documents, of all where there are fewer, best first: int [Q, n].
 
     Raises:
       UserError: the model's vectors are not finite, or compared in a way that the search cannot.
     """
     queries_QxE = finite_vectors(encode, data.queries, "query")
     documents_NxE = finite_vectors(encode, data.documents, "document")
-    ranked = search(*for_search(queries_QxE, documents_NxE, similarity), ranking_depth(data))
-    return score_rankings(data, ranked[1])
+    return search(*for_search(queries_QxE, documents_NxE, similarity), ranking_depth(data))[1]
 
 
 def ranking_depth(data: RetrievalData) -> int:
@@ -111,6 +109,10 @@ def ranking_depth(data: RetrievalData) -> int:
 def score_rankings(data: RetrievalData, rankings: Iterable[np.ndarray]) -> dict[str, float]:
     """Scores the first `DEPTH` documents of each query's ranking that are not left out for it.
 
+    The formulas are those of sentence-transformers' InformationRetrievalEvaluator, but for nDCG's gains: here they are
+    the judgements' scores, as in trec_eval and BEIR, there 1 for every relevant document, so the two differ where
+    judgements are graded.
+
     Args:
       data: what is right.
       rankings: per query, numbers of documents, best first; fewer than `DEPTH` where nothing more was found.
@@ -119,11 +121,17 @@ def score_rankings(data: RetrievalData, rankings: Iterable[np.ndarray]) -> dict[
       Means over the queries, times 100: 'ndcg@10', 'mrr@10', 'recall@1', 'recall@10', 'recall@100', 'map@100'.
     """
     found_QxK = np.zeros((len(data.queries), DEPTH))
-    for found, ranking, gains, left_out in zip(found_QxK, rankings, data.gains, data.left_out, strict=True):
-        ids = (data.document_ids[number] for number in ranking)
-        gained = [gains.get(key, 0.0) for key in ids if key in gains or not any(key in keys for keys in left_out)]
-        found[: len(gained[:DEPTH])] = gained[:DEPTH]
+    for found, ranking, gains in zip(found_QxK, kept(data, rankings), data.gains, strict=True):
+        found[: len(ranking)] = [gains.get(data.document_ids[number], 0.0) for number in ranking]
     return _metrics(found_QxK, data.gains)
+
+
+def kept(data: RetrievalData, rankings: Iterable[np.ndarray]) -> Iterator[list[int]]:
+    """Yields the first `DEPTH` documents of each query's ranking that are not left out for it."""
+    for ranking, gains, left_out in zip(rankings, data.gains, data.left_out, strict=True):
+        ids = ((number, data.document_ids[number]) for number in map(int, ranking))
+        counted = (number for number, key in ids if key in gains or not any(key in keys for keys in left_out))
+        yield list(itertools.islice(counted, DEPTH))
 
 
 def _metrics(found_QxK: np.ndarray, gains: list[dict[str, float]]) -> dict[str, float]:

@@ -10,15 +10,16 @@ import numpy as np
 from jaxembed.config import EvalConfig
 from jaxembed.embedder import Embedder
 from jaxembed.errors import UserError
-from jaxembed.evaluation.bm25 import evaluate_bm25
+from jaxembed.evaluation.bm25 import rank_by_words
 from jaxembed.evaluation.classification import ClassificationData, evaluate_classification, read_classification
+from jaxembed.evaluation.hybrid import evaluate_hybrid
 from jaxembed.evaluation.likelihood import TextsData, evaluate_likelihood, read_texts
 from jaxembed.evaluation.pairs import read_pairs
-from jaxembed.evaluation.report import BM25, Results
-from jaxembed.evaluation.retrieval import RetrievalData, evaluate_retrieval, read_retrieval
-from jaxembed.evaluation.search import top_k
+from jaxembed.evaluation.report import BM25, HYBRID, Results
+from jaxembed.evaluation.retrieval import RetrievalData, rank_by_vectors, read_retrieval, score_rankings
 from jaxembed.evaluation.sts import StsData, evaluate_sts, read_sts
 from jaxembed.evaluation.vectors import NO_PROMPT
+from jaxembed.vectors.exact import top_k
 
 Data = TypeVar("Data", StsData, RetrievalData, ClassificationData, TextsData)
 
@@ -34,6 +35,7 @@ class Tasks:
       texts: texts to predict, 'texts/NAME'.
       draws: masks of each of these.
       bm25: whether BM25 is scored too.
+      hybrid: whether the model's and BM25's rankings are fused and scored too.
     """
 
     sts: dict[str, StsData]
@@ -42,6 +44,7 @@ class Tasks:
     texts: dict[str, TextsData]
     draws: int
     bm25: bool
+    hybrid: bool
 
     @classmethod
     def read(cls, config: EvalConfig, prefix: str) -> "Tasks":
@@ -59,13 +62,14 @@ class Tasks:
         classification = _by_name("classification", map(read_classification, config.classification))
         texts = _by_name("texts", (read_texts(spec, f"{prefix}texts") for spec in config.texts))
         sts = _by_name("sts", map(read_sts, config.sts))
-        return cls(sts, beir | pairs, classification, texts, config.draws, config.bm25)
+        return cls(sts, beir | pairs, classification, texts, config.draws, config.bm25, config.hybrid)
 
     def evaluate(self, embedder: Embedder, show_progress_bar: bool = False) -> Results:
         """Scores a model on all sets, on its mesh.
 
         Queries and documents are encoded with their own prompts, other texts with the model's default prompt, and
-        vectors compared as the model says, as in sentence-transformers. Texts to predict have no prompt.
+        vectors compared as the model says, as in sentence-transformers. Texts to predict have no prompt. What the
+        model's and BM25's rankings give together, if it is asked for, is called 'hybrid/KIND/NAME'.
 
         Raises:
           UserError: a set wants what the model does not have: vectors that are finite, words that it predicts.
@@ -78,7 +82,10 @@ class Tasks:
         search, similarity = functools.partial(top_k, mesh=embedder.mesh), embedder.blueprint.similarity
         results = {task: evaluate_sts(data, encode, similarity) for task, data in self.sts.items()}
         for task, data in self.retrieval.items():
-            results[task] = evaluate_retrieval(data, encode, search, similarity)
+            rankings = rank_by_vectors(data, encode, search, similarity)
+            results[task] = score_rankings(data, rankings)
+            if self.hybrid:
+                results[HYBRID + task] = evaluate_hybrid(data, rankings, self._by_words[task])
         for task, data in self.classification.items():
             results[task] = evaluate_classification(data, encode)
         for task, data in self.texts.items():
@@ -87,7 +94,14 @@ class Tasks:
 
     def baselines(self) -> Results:
         """Scores BM25 on the retrieval and pairs sets, as 'bm25/KIND/NAME', if it is asked for."""
-        return {BM25 + task: evaluate_bm25(data) for task, data in self.retrieval.items()} if self.bm25 else {}
+        if not self.bm25:
+            return {}
+        return {BM25 + task: score_rankings(data, self._by_words[task]) for task, data in self.retrieval.items()}
+
+    @functools.cached_property
+    def _by_words(self) -> dict[str, list[np.ndarray]]:
+        """BM25's rankings, made once: a run asks for them at every evaluation."""
+        return {task: rank_by_words(data) for task, data in self.retrieval.items()}
 
 
 def _by_name(kind: str, sets: Iterable[Data]) -> dict[str, Data]:

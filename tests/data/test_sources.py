@@ -56,6 +56,10 @@ def test_the_kind_may_be_chosen(tmp_path):
     files(tmp_path, "a.jsonl", "b.parquet", "c.txt")
     assert find_files(SourceConfig(path=str(tmp_path), source="parquet"), "f") == ("parquet", (tmp_path / "b.parquet",))
     assert find_files(SourceConfig(path=str(tmp_path / "*.txt"), source="jsonl"), "f")[1] == (tmp_path / "c.txt",)
+    (tmp_path / "a.jsonl").unlink()  # a note beside records is no source of theirs, plain lines alone are one
+    assert find_files(SourceConfig(path=str(tmp_path)), "f") == ("parquet", (tmp_path / "b.parquet",))
+    (tmp_path / "b.parquet").unlink()
+    assert find_files(SourceConfig(path=str(tmp_path)), "f") == ("txt", (tmp_path / "c.txt",))
 
 
 @pytest.mark.parametrize(
@@ -64,17 +68,21 @@ def test_the_kind_may_be_chosen(tmp_path):
         ("none.jsonl", "auto", r"f: no such file or folder: .*none\.jsonl"),
         ("mixed", "auto", r"mixed: files of two kinds, a\.jsonl and b\.parquet: set source to jsonl or parquet"),
         ("mixed/*", "auto", "files of two kinds"),
-        ("empty", "auto", r"f: .*empty: no \.jsonl, \.jsonl\.gz, \.json, \.json\.gz, \.parquet file in this folder or"),
+        (
+            "empty",
+            "auto",
+            r"f: .*empty: no \.jsonl, \.jsonl\.gz, \.json, \.json\.gz, \.parquet, \.txt, \.txt\.gz file in this",
+        ),
         ("empty", "parquet", r"empty: no \.parquet file in this folder or its subfolders"),
         ("empty/*.jsonl", "auto", r"f: .*empty/\*\.jsonl: no file matches"),
-        ("text/*", "auto", r"c\.txt ends in none of \.jsonl"),
+        ("text/*", "auto", r"c\.md ends in none of \.jsonl"),
         ("saved", "auto", "saved is the folder of a prepared data set: give it as tfds:FOLDER or hf:FOLDER"),
         ("none", "hf", "f: there is no folder .*none"),
-        ("text/c.txt", "tfds", "f: there is no folder .*c.txt"),
+        ("text/c.md", "tfds", "f: there is no folder .*c.md"),
     ],
 )
 def test_paths_that_lead_nowhere(tmp_path, path, source, message):
-    files(tmp_path, "mixed/a.jsonl", "mixed/b.parquet", "empty/.hidden.jsonl", "text/c.txt", "saved/dataset_info.json")
+    files(tmp_path, "mixed/a.jsonl", "mixed/b.parquet", "empty/.hidden.jsonl", "text/c.md", "saved/dataset_info.json")
     with pytest.raises(UserError, match=message):
         check_place(SourceConfig(path=str(tmp_path / path), source=source), "f")
 

@@ -12,6 +12,7 @@ from jaxembed.config import MaxLength, PromptConfig, SourceConfig
 from jaxembed.data import tfds_rows
 from jaxembed.data.cache import build_or_open
 from jaxembed.data.records import Record, RecordReader
+from jaxembed.data.texts import TextReader
 from jaxembed.data.tokenizer import Tokenizer
 from jaxembed.errors import UserError
 
@@ -62,6 +63,13 @@ def home(tmp_path_factory):
 @pytest.fixture
 def prepared(home):
     return home / "data" / "own_pairs" / "plain" / "1.0.0"
+
+
+def test_single_texts_with_ids(prepared):
+    reader = TextReader(f"tfds:{prepared}:test", "--input", field="positive", id_field="label")
+    assert sorted(reader) == [(f"{i}.{j}", text) for i in range(4) for j, text in enumerate((f"p{i}", "q"))]
+    with pytest.raises(UserError, match=r"no column 'text', but .*: name one by --field"):
+        list(TextReader(f"tfds:{prepared}", "--input"))
 
 
 def test_rows_become_records_as_those_of_files_do(home):

@@ -119,6 +119,7 @@ def test_the_command(real_data, folder, tmp_path, monkeypatch, capsys):
     flags.DEFINE_integer("expert", None, "", flag_values=values)
     flags.DEFINE_integer("draws", 8, "", flag_values=values)
     flags.DEFINE_bool("bm25", False, "", flag_values=values)
+    flags.DEFINE_bool("hybrid", False, "", flag_values=values)
     values(["evaluate", f"--mteb={NAMES[0]},{FILE}:NoData"])
     monkeypatch.setattr(flags, "FLAGS", values)
     with pytest.raises(UserError, match="--mteb=NoData: its data cannot be loaded"):

@@ -9,8 +9,12 @@ import pytest
 from jaxembed.config import SourceConfig
 from jaxembed.errors import UserError
 from jaxembed.evaluation.pairs import read_pairs, set_name
-from jaxembed.evaluation.retrieval import DEPTH, evaluate_retrieval, ranking_depth
-from jaxembed.evaluation.search import top_k
+from jaxembed.evaluation.retrieval import DEPTH, rank_by_vectors, ranking_depth, score_rankings
+from jaxembed.vectors.exact import top_k
+
+
+def evaluate(data, encode):
+    return score_rankings(data, rank_by_vectors(data, encode, top_k, "cosine"))
 
 
 def read(folder, *records):
@@ -70,7 +74,7 @@ def test_left_out_documents_take_no_place_in_the_ranking(tmp_path):
     def encode(texts, prompt_name):  # all near ones are nearer to any query than the far one
         return np.array([[1.0, 5.0] if text == "far" else [1.0, 0.1 * len(text)] for text in texts])
 
-    scores = evaluate_retrieval(data, encode, top_k, "cosine")
+    scores = evaluate(data, encode)
     found = len(group) / len(data.queries)
     assert scores["recall@1"] == pytest.approx(100 * found) == scores["ndcg@10"]
     assert scores["recall@100"] == pytest.approx(100 * found)  # `far` stands behind 120 others
@@ -79,7 +83,7 @@ def test_left_out_documents_take_no_place_in_the_ranking(tmp_path):
 def test_an_own_hard_negative_is_wrong_in_any_group(tmp_path):
     data = read(tmp_path, {"query": "q", "positive": "far", "negative": "near", "group": "g"})
     place = {"q": [1.0, 0.0], "near": [1.0, 0.1], "far": [1.0, 1.0]}
-    scores = evaluate_retrieval(data, lambda texts, _: np.array([place[text] for text in texts]), top_k, "cosine")
+    scores = evaluate(data, lambda texts, _: np.array([place[text] for text in texts]))
     assert scores["mrr@10"] == 50 and scores["recall@10"] == 100
 
 

@@ -7,8 +7,12 @@ import numpy as np
 import pytest
 
 from jaxembed.errors import UserError
-from jaxembed.evaluation.retrieval import RetrievalData, evaluate_retrieval, read_retrieval
-from jaxembed.evaluation.search import top_k
+from jaxembed.evaluation.retrieval import RetrievalData, rank_by_vectors, read_retrieval, score_rankings
+from jaxembed.vectors.exact import top_k
+
+
+def evaluate(data, encode):
+    return score_rankings(data, rank_by_vectors(data, encode, top_k, "cosine"))
 
 
 class Table:
@@ -36,7 +40,7 @@ def test_by_hand():
     encode = Table(query=angles(first=0.0, last=60.0), document=angles(**documents))
     # `first` ranks d0, d1, d2 ...; its answers stand at 2, 3 and 12. `last` ranks d11, d10 ...; its one answer is last.
     data = task(["first", "last"], documents, [{"d1": 1.0, "d2": 3.0, "d11": 2.0}, {"d0": 1.0}])
-    scores = evaluate_retrieval(data, encode, top_k, "cosine")
+    scores = evaluate(data, encode)
     dcg = 1 / np.log2(3) + 3 / np.log2(4)
     ideal = 3 / np.log2(2) + 2 / np.log2(3) + 1 / np.log2(4)
     assert scores == pytest.approx(
@@ -53,7 +57,7 @@ def test_by_hand():
 
 def test_an_answer_outside_the_corpus_is_never_found():
     encode = Table(query=angles(q=0.0), document=angles(a=0.0, b=9.0))
-    scores = evaluate_retrieval(task(["q"], ["a", "b"], [{"a": 1.0, "elsewhere": 1.0}]), encode, top_k, "cosine")
+    scores = evaluate(task(["q"], ["a", "b"], [{"a": 1.0, "elsewhere": 1.0}]), encode)
     assert scores["recall@100"] == pytest.approx(50) and scores["mrr@10"] == pytest.approx(100)
     assert scores["ndcg@10"] == pytest.approx(100 / (1 + 1 / np.log2(3)))
 
@@ -61,7 +65,7 @@ def test_an_answer_outside_the_corpus_is_never_found():
 def test_ranks_by_cosine_whatever_the_lengths():
     vectors = {"near": np.float32([1, 0.1]), "long": np.float32([50, 50])}
     encode = Table(query=angles(q=0.0), document=vectors)
-    assert evaluate_retrieval(task(["q"], vectors, [{"near": 1.0}]), encode, top_k, "cosine")["mrr@10"] == 100
+    assert evaluate(task(["q"], vectors, [{"near": 1.0}]), encode)["mrr@10"] == 100
 
 
 @pytest.mark.parametrize("relevant", [3, 130])
@@ -82,7 +86,7 @@ def test_equals_sentence_transformers_with_ties(relevant):
         near = sorted(ids, key=lambda i: -documents[i] @ vector)[: 2 * relevant]
         chosen = [*rng.choice(near, relevant, replace=False), *rng.choice(ids, relevant, replace=False)]
         gains.append({str(document): 1.0 for document in chosen})
-    ours = evaluate_retrieval(task(queries, ids, gains), Table(query=queries, document=documents), top_k, "cosine")
+    ours = evaluate(task(queries, ids, gains), Table(query=queries, document=documents))
 
     evaluator = InformationRetrievalEvaluator(
         dict(zip(queries, queries)),

@@ -8,9 +8,11 @@ import types
 
 import numpy as np
 import pytest
+from tiny_run import tiny_config
 
 from jaxembed.config import EvalConfig
 from jaxembed.errors import UserError
+from jaxembed.evaluation.report import flat_scores
 from jaxembed.evaluation.tasks import Tasks
 
 
@@ -80,6 +82,30 @@ def test_bm25_is_scored_where_it_is_asked_for(tmp_path):
     assert results["pairs/records"].keys() == baselines["bm25/pairs/records"].keys()
 
 
+def test_the_model_and_bm25_are_fused_where_it_is_asked_for(tmp_path):
+    _, beir = write_sets(tmp_path)
+    tasks, model = Tasks.read(EvalConfig(retrieval=(str(beir),), hybrid=True), "--"), Recorder()
+    results = tasks.evaluate(model)
+    assert set(results) == {"retrieval/mini", "hybrid/retrieval/mini"} and tasks.baselines() == {}
+    assert len(model.calls["document"]) == 3  # encoded once
+    # BM25 finds d1 alone; whatever the model thinks of the other two, no document is first in both.
+    assert results["hybrid/retrieval/mini"]["ndcg@10"] == 100
+    assert flat_scores(results)["hybrid/retrieval/mini/recall@1"] == 100
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"eval__hybrid": True}, "config.eval.hybrid searches the sets of config.eval.retrieval and .pairs"),
+        ({"eval__bm25": True}, "config.eval.bm25 searches the sets of config.eval.retrieval and .pairs"),
+        ({"checkpoint__best": "hybrid/retrieval/x"}, "config.checkpoint.best = 'hybrid/retrieval/x'"),
+    ],
+)
+def test_configs_that_cannot_be_right(tmp_path, changes, said):
+    with pytest.raises(UserError, match=said):
+        tiny_config(tmp_path, **changes)
+
+
 def test_vectors_are_compared_as_the_model_says(tmp_path):
     sts, beir = write_sets(tmp_path)
     tasks, model = Tasks.read(EvalConfig(sts=(str(sts),), retrieval=(str(beir),)), "--"), Recorder()
@@ -104,14 +130,15 @@ def test_command_prints_tables_and_a_json_line_last(tmp_path, minilm_dir):
     labelled = tmp_path / "labelled.jsonl"
     rows = [("a cat sits", "animal"), ("dogs play", "animal"), ("shares fell", "money"), ("prices rise", "money")]
     labelled.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows))
-    sets = [f"--sts={sts}", f"--retrieval={beir}", "--bm25", f"--classification={labelled}:{labelled}"]
+    sets = [f"--sts={sts}", f"--retrieval={beir}", "--bm25", "--hybrid", f"--classification={labelled}:{labelled}"]
     command = [sys.executable, "-m", "jaxembed.evaluate", f"--model={minilm_dir}", *sets]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
     assert figures["eval/sts/pairs"] == pytest.approx(100) and figures["eval/retrieval/mini"] == 100
     assert figures["bm25/retrieval/mini"] == figures["eval/classification/labelled"] == 100
-    assert all(word in done.stdout for word in ("spearman", "ndcg@10", "BM25", "accuracy"))
+    assert figures["hybrid/retrieval/mini"] == 100
+    assert all(word in done.stdout for word in ("spearman", "ndcg@10", "BM25", "hybrid", "accuracy"))
 
 
 @pytest.mark.parametrize(
@@ -120,6 +147,7 @@ def test_command_prints_tables_and_a_json_line_last(tmp_path, minilm_dir):
         ([], "--model is missing"),
         (["--model=x"], "nothing to evaluate on"),
         (["--model=x", "--bm25", "--sts=none.jsonl"], "--bm25 searches the sets of --retrieval and --pairs"),
+        (["--model=x", "--hybrid", "--sts=none.jsonl"], "--hybrid searches the sets of --retrieval and --pairs"),
         (["--model=nowhere/at-all", "--sts=none.jsonl"], "--sts: no such file or folder: none.jsonl"),
         (["--model=x", "--retrieval=none"], "--retrieval: no such file or folder: none"),
         (["--model=x", "--pairs=none.jsonl"], "--pairs: no such file or folder: none.jsonl"),

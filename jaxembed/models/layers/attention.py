@@ -159,7 +159,9 @@ def _xla_attention(
     bias_HxW: jax.Array | None,
 ) -> jax.Array:
     query = query * spec.score_scale(query.shape[-1])  # cheaper than scaling the scores, L / K times as many
-    scores = jnp.einsum("rlhk,rmhk->rhlm", query, key, preferred_element_type=jnp.float32)
+    # Heads before tokens: on CPU, products over axes that do not lead take half as long again.
+    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+    scores = jnp.einsum("rhlk,rhmk->rhlm", query, key, preferred_element_type=jnp.float32)
     if spec.softcap:
         scores = spec.softcap * jnp.tanh(scores / spec.softcap)
     if bias_HxW is not None:
@@ -167,10 +169,10 @@ def _xla_attention(
     scores = jnp.where(allowed[:, None], scores, MASKED)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     # The softmax's division comes after the product with the values, K / L times as much to divide.
-    total = weights.sum(-1).swapaxes(1, 2)[..., None]
+    total = weights.sum(-1, keepdims=True)
     weights = dropout_weights(weights, spec.dropout, noise, jnp.asarray(place, jnp.uint32))
-    out = jnp.einsum("rhlm,rmhk->rlhk", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
-    return (out / total).astype(query.dtype)
+    out = jnp.einsum("rhlm,rhmk->rhlk", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    return jnp.swapaxes(out / total, 1, 2).astype(query.dtype)
 
 
 def _by_distance(bias_HxW: jax.Array, length: int) -> jax.Array:

@@ -1,0 +1,1 @@
+"""Vectors at rest: folders of them, their bytes, search, and linear heads."""
