@@ -9,9 +9,9 @@ import numpy as np
 from jaxembed.data.batch import Rows
 from jaxembed.data.packing import pack
 
-TOKENS_ON_CPU = 4_096  # of one shard's part of a device batch
+TOKENS_ON_CPU = 1_024  # of one shard's part of a device batch: what its layers pass on stays in the cache
 TOKENS_ON_ACCELERATOR = 32_768
-SHORTEST_ROW_ON_CPU = 64
+SHORTEST_ROW_ON_CPU = 32
 SHORTEST_ROW_ON_ACCELERATOR = 128  # the attention kernels' block
 
 

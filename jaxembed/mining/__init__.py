@@ -1,0 +1,1 @@
+"""Hard negatives for records, and records that are better left out."""
