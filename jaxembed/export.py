@@ -45,6 +45,7 @@ def export_model(
     dim: int = 0,
     dtype: str = "float32",
     layout: str = PORTABLE,
+    note: str = "",
 ) -> None:
     """Writes the folder, with its model card and fingerprint: all of it, or nothing.
 
@@ -56,6 +57,7 @@ def export_model(
       dim: vectors are cut to their first dimensions, after all else; 0 = as the model says.
       dtype: of the tensors written: 'float32' | 'bfloat16'. The fingerprint is that of the weights as written.
       layout: 'portable', for sentence-transformers; 'hub', of a model whose class is code on the hub: for that code.
+      note: what else the card is to say, a sentence or more.
 
     Raises:
       UserError: `out` is something else, or cannot be written; the model is smaller than what is asked for, or its
@@ -87,7 +89,8 @@ def export_model(
     with jax.default_matmul_precision("float32"):
         fingerprint = write_fingerprint(small.encode(list(TEXTS)))
     scored = Blueprint.load(small.run.workdir / FOLDER) if small.run else blueprint
-    note = " ".join(filter(None, (_note(embedder, sizes, layers, dim), _expert_note(embedder.blueprint, scored))))
+    notes = (note, _note(embedder, sizes, layers, dim), _expert_note(embedder.blueprint, scored))
+    note = " ".join(filter(None, notes))
     with jax.set_mesh(small.mesh):
         backbone = flatten(small.params["backbone"])
         others = (BACKBONE, LANGUAGE)

@@ -80,7 +80,8 @@ def _fit(peers: Peers) -> None:
     from jaxembed.vectors.head_kinds import fit
 
     fitted = fit(flag)
-    export_model(fitted.model, path_of(flag.out), dtype=flag.dtype)
+    note = f"A linear layer was fitted to its vectors, by `jaxembed.head --kind={flag.kind}`."
+    export_model(fitted.model, path_of(flag.out), dtype=flag.dtype, note=note)
     Console().print(_table(fitted.before, fitted.after))
     said: dict[str, Any] = {"head": flag.out, "kind": flag.kind, **fitted.said}
     print(json.dumps(said | {"before": fitted.before, "after": fitted.after}))

@@ -80,7 +80,7 @@ def _merge(sets: EvalConfig, weights: list[float], peers: Peers) -> None:
 
     seen = score if any(getattr(sets, kind) for kind in SETS) else None
     model, weights, losses = _merged(sources, weights, mesh, seen)
-    export_model(model, path_of(flag.out), dtype=flag.dtype)
+    export_model(model, path_of(flag.out), dtype=flag.dtype, note=_note(flag.models, weights))
     if seen:
         seen(MERGED, model)
     names = [source.spec for source in sources]
@@ -107,6 +107,15 @@ def _merged(
         return _searched(sources, mesh, seen)
     coefficients = [1 - sum(weights), *weights] if flag.method == "task" else weights
     return merging.linear(sources, coefficients, mesh, seen), weights, {}
+
+
+def _note(models: list[str], weights: list[float]) -> str:
+    """Returns what the model card says of a merged model."""
+    from jaxembed.evaluation.mteb_tasks import model_name
+
+    parts = ", ".join(f"{model_name(model)} ({weight:.3g})" for model, weight in zip(models, weights))
+    base = f" on {model_name(flags.FLAGS.base)}" if flags.FLAGS.base else ""
+    return f"Merged of {parts}{base}, by `jaxembed.merge --method={flags.FLAGS.method}`."
 
 
 def _searched(sources: "list[Source]", mesh: Any, seen: Any) -> tuple["Embedder", list[float], dict[str, float]]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import types
@@ -246,6 +247,8 @@ def test_the_command_writes_a_model_and_its_scores(sources, leaves, folder, one,
     assert said["merged"] == str(out) and said["weights"] == dict(zip(models, [0.25, 0.75]))
     assert {*said["models"]} == {*models} and "eval/sts/alike" in said
     assert "sts/alike" in shown and "0.7500" in shown
+    card = (out / "README.md").read_text()
+    assert re.search(r"Merged of [^ /]+/a \(0.25\), [^ /]+/b \(0.75\), by `jaxembed.merge --method=weighted`.", card)
     again = Embedder.load(out, mesh=one)
     assert again.blueprint.prompts == {"query": "kaka "}
     np.testing.assert_allclose(got(again)[LAYER], 0.25 * leaves[0][LAYER] + 0.75 * leaves[1][LAYER], atol=2e-7)

@@ -22,7 +22,6 @@ from jaxembed.distributed import Peers
 from jaxembed.embedder import Embedder
 from jaxembed.encoding import DeviceBatch, TokenizedTexts
 from jaxembed.errors import UserError
-from jaxembed.run_folder import disk_errors
 from jaxembed.vectors.folder import ShardWriter
 from jaxembed.vectors.quantize import CALIBRATED, quantize, ranges_of
 
@@ -157,9 +156,8 @@ class Encoding:
                 "its dtype"
             )
         for writer in self.writers:
-            with disk_errors(writer.path):
-                vectors = self._finished(vectors_NxE, writer)
-                writer.write(shard.number, shard.ids, quantize(vectors, writer.manifest.dtype, writer.ranges()))
+            vectors = self._finished(vectors_NxE, writer)
+            writer.write(shard.number, shard.ids, quantize(vectors, writer.manifest.dtype, writer.ranges()))
 
     def _finished(self, vectors_NxE: np.ndarray, writer: ShardWriter) -> np.ndarray:
         """Returns vectors as they are before they are stored: truncated, and of length 1 where that is asked for."""

@@ -126,12 +126,22 @@ class ShardWriter:
           shard: its number, from 0.
           ids: of its texts.
           stored: their vectors, from `quantize`.
+
+        Raises:
+          UserError: the disk is full or broken, or the store refuses.
         """
-        if self.manifest.layout == "parquet":
-            write_whole(self.path / _name(shard, "parquet"), _parquet(ids, stored))
-            return
-        write_whole(self.path / f"ids-{shard:05}.json", json.dumps(list(ids), ensure_ascii=False).encode())
-        write_whole(self.path / _name(shard, "npy"), _npy(stored))
+        files = {_name(shard, "parquet"): _parquet(ids, stored)} if self.manifest.layout == "parquet" else {}
+        if not files:
+            said = json.dumps(list(ids), ensure_ascii=False).encode()
+            files = {f"ids-{shard:05}.json": said, _name(shard, "npy"): _npy(stored)}
+        try:
+            for name, content in files.items():
+                write_whole(self.path / name, content)
+        except OSError as error:
+            raise UserError(
+                f"--out={self.path}: cannot be written: {error.strerror}. The shards that are there stay: make room, "
+                "and start again with the same flags"
+            ) from error
 
     def finish(self, count: int) -> None:
         """Says that all vectors are there, `count` of them."""

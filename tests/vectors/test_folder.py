@@ -1,5 +1,6 @@
 """Folders of vectors: what is written is read, and what is broken is said."""
 
+import errno
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from stored_vectors import IDS, VECTORS, manifest, write_shards
 
 from jaxembed.errors import UserError
+from jaxembed.vectors import folder as folder_module
 from jaxembed.vectors.folder import ShardWriter, VectorFolder
 from jaxembed.vectors.quantize import DTYPES, dequantize, quantize, ranges_of
 
@@ -66,3 +68,15 @@ def test_a_folder_is_one_encodings(tmp_path):
         ShardWriter(tmp_path / "other", manifest()).claim()
     with pytest.raises(UserError, match="is a file"):
         ShardWriter(tmp_path / "other" / "thesis.tex", manifest()).claim()
+
+
+def test_a_full_disk_leaves_what_is_there(tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_shards(tmp_path / "v", (0,), finished=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_module, "write_whole", full)
+        with pytest.raises(UserError, match=r"No space left on device\. The shards that are there stay"):
+            ShardWriter(tmp_path / "v", manifest()).write(1, IDS[4:8], VECTORS[4:8])
+    assert ShardWriter(tmp_path / "v", manifest()).done() == {0}
