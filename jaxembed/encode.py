@@ -81,7 +81,7 @@ def _encode(peers: Peers) -> None:
         def show(work: "Work") -> None:
             own = f" (process 0 of {peers.count})" if peers.count > 1 else ""
             rates = f"{short(work.texts / work.seconds)} texts/s  {short(work.tokens / work.seconds)} tokens/s"
-            bar.update(work.read, f"{work.texts:,} texts  {rates}  waste {work.waste:.1%}{own}")
+            bar.update(work.read, f"{work.texts:,.0f} texts  {rates}  waste {work.waste:.1%}{own}")
 
         work = encoding.run(peers, show)
     if peers.main:
@@ -107,6 +107,7 @@ def _manifests(embedder: "Embedder", reader: "TextReader", prompt: str) -> dict[
         weights=fingerprint(flag.model, blueprint),
         input=flag.input,
         files=tuple((str(file), *stamp(file)) for file in reader.source.files),
+        rows=tuple(reader.source.identity),
         field=flag.field,
         id_field=flag.id_field,
         prompt=prompt,
@@ -150,11 +151,17 @@ def _say(work: "Work", manifests: dict[AnyPath, "Manifest"], processes: int) -> 
     kept = f" {work.kept} shards were there already." if work.kept else ""
     Console().print(table)
     print(
-        f"{work.texts:,} texts, {work.tokens:,} tokens encoded{where} in {work.seconds:,.1f} s: "
+        f"{work.texts:,.0f} texts, {work.tokens:,} tokens encoded{where} in {work.seconds:,.1f} s: "
         f"{short(rates['texts_per_s'])} texts/s, {short(rates['tokens_per_s'])} tokens/s, "
         f"padding waste {work.waste:.1%}.{kept}"
     )
-    figures = {"texts": work.count, "encoded": work.texts, "tokens": work.tokens, "seconds": work.seconds, **rates}
+    figures = {
+        "texts": work.count,
+        "encoded": round(work.texts),
+        "tokens": work.tokens,
+        "seconds": work.seconds,
+        **rates,
+    }
     print(json.dumps({"model": flags.FLAGS.model, "out": flags.FLAGS.out, **figures, "waste": work.waste}))
 
 
@@ -164,7 +171,7 @@ def _require_flags() -> None:
     for name, wanted in (("model", "a run's folder or an exported one"), ("input", "texts"), ("out", "a folder")):
         if not flag[name].value:
             raise UserError(f"--{name} is missing: name {wanted}")
-    if not all(dim.isdigit() and int(dim) for dim in flag.dims) or len(set(flag.dims)) < len(flag.dims):
+    if not all(dim.isdecimal() and int(dim) for dim in flag.dims) or len(set(flag.dims)) < len(flag.dims):
         raise UserError(f"--dims={','.join(flag.dims)}: wants whole numbers above 0, each once")
     if flag.prompt is not None and flag["prompt_name"].present:
         raise UserError("--prompt and --prompt_name: give one of both")

@@ -71,7 +71,7 @@ def _merge(sets: EvalConfig, weights: list[float], peers: Peers) -> None:
 
     tasks = Tasks.read(sets, "--")
     mesh = sharding.make_mesh(MeshConfig())
-    sources = open_sources([*([flag.base] if flag.base else []), *flag.models], mesh)
+    sources = open_sources(flag.models, mesh, flag.base)
     results: dict[str, Results] = {}
 
     def score(name: str, embedder: "Embedder") -> None:
@@ -83,8 +83,7 @@ def _merge(sets: EvalConfig, weights: list[float], peers: Peers) -> None:
     export_model(model, path_of(flag.out), dtype=flag.dtype, note=_note(flag.models, weights))
     if seen:
         seen(MERGED, model)
-    names = [source.spec for source in sources]
-    Console().print(_table(names, weights, losses, results))
+    Console().print(_table(_names(), weights, losses, results))
     said: dict[str, Any] = {MERGED: flag.out, "method": flag.method, "weights": dict(zip(flag.models, weights))}
     if losses:
         said["probe_loss"] = losses
@@ -105,7 +104,7 @@ def _merged(
         return merging.between(*sources, flag.t, mesh, seen), [1 - flag.t, flag.t], {}
     if flag.method == "search":
         return _searched(sources, mesh, seen)
-    coefficients = [1 - sum(weights), *weights] if flag.method == "task" else weights
+    coefficients = [*weights, 1 - sum(weights)] if flag.method == "task" else weights
     return merging.linear(sources, coefficients, mesh, seen), weights, {}
 
 
@@ -126,8 +125,8 @@ def _searched(sources: "list[Source]", mesh: Any, seen: Any) -> tuple["Embedder"
     from jaxembed.vectors.record_pairs import compares_by_cosine, read_pairs
 
     flag = flags.FLAGS
-    base, *models = sources
-    unit = compares_by_cosine(base.blueprint.similarity, f"--base={flag.base}")
+    *models, base = sources
+    unit = compares_by_cosine(models[0].blueprint.similarity, f"--models={models[0].spec}")
     pairs = read_pairs(flag.probe, "--probe", flag.negatives)
     settings = SearchSettings(flag.steps, flag.batch_size, flag.learning_rate, flag.temperature, flag.seed)
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -137,8 +136,12 @@ def _searched(sources: "list[Source]", mesh: Any, seen: Any) -> tuple["Embedder"
             progress.update(task, advance=1, description=f"searching, loss {loss:.4f}")
 
         found = search(base, models, pairs, settings, unit, mesh, seen, done)
-    names = [source.spec for source in sources]
-    return found.model, list(found.weights), dict(zip([*names, "mean", MERGED], found.losses))
+    return found.model, list(found.weights), dict(zip([*_names(), "mean", MERGED], found.losses))
+
+
+def _names() -> list[str]:
+    """Returns the base's name, if there is one, and the models'."""
+    return [*([flags.FLAGS.base] if flags.FLAGS.base else []), *flags.FLAGS.models]
 
 
 def _table(names: list[str], weights: list[float], losses: dict[str, float], results: "dict[str, Results]") -> Any:

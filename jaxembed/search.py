@@ -9,7 +9,8 @@ its model says. Of equal scores the document that comes first in the corpus wins
 queries' floats, what sentence-transformers calls rescoring, for all of them. Prints a table and one JSON line last.
 
   --queries       vectors, or texts that --model encodes behind its prompt 'query': a file, folder, glob,
-                  tfds:NAME:SPLIT, hf:NAME:SPLIT. --field: their column (text), --id_field: of their ids (_id, id)
+                  tfds:NAME:SPLIT, hf:NAME:SPLIT. --field: their column (text), --id_field: of their ids (_id, id);
+                  --prompt_name: another of the model's prompts
   --query         one text; prints its best documents
   --out           the run: 'query Q0 document rank score tag' as trec_eval reads it, or of a name with .jsonl
                   {"id", "documents": [{"id", "score"}]}; also .gz
@@ -173,8 +174,12 @@ def _encode(texts: Sequence[str], corpus: "VectorFolder", bar: bool) -> np.ndarr
     _require_width(width, f"--model={flag.model}", corpus)
 
     def encode(texts: list[str], _: str) -> np.ndarray:
-        return embedder.encode_query(
-            texts, truncate_dim=width, normalize_embeddings=said.normalized, show_progress_bar=bar
+        return embedder.encode(
+            texts,
+            prompt_name=flag.prompt_name,
+            truncate_dim=width,
+            normalize_embeddings=said.normalized,
+            show_progress_bar=bar,
         )
 
     return finite_vectors(encode, list(texts), "query")
@@ -196,7 +201,7 @@ def _plan(corpus: "VectorFolder") -> "Plan | None":
     if flag.index == "exact":
         return None
     plan = Plan(flag.index, flag.faiss_factory, flag.usearch_dtype, corpus.similarity)
-    plan.require()
+    plan.require(corpus.width)
     return plan
 
 
@@ -394,5 +399,6 @@ if __name__ == "__main__":
     flags.DEFINE_enum("usearch_dtype", "f32", ["f32", "f16", "i8"], "Of the numbers in an index of usearch.")
     flags.DEFINE_string("index_file", "", "Where the index is kept.")
     flags.DEFINE_integer("effort", 0, "How much an index looks at; 0 = as it likes.", lower_bound=0)
+    flags.DEFINE_string("prompt_name", "query", "The model's prompt for queries by name; '' = none.")
     flags.DEFINE_string("tag", "jaxembed", "Name of the run in TREC's format.")
     cli.run(main, __doc__)

@@ -38,11 +38,20 @@ def pairwise(a_NxE: np.ndarray, b_NxE: np.ndarray, similarity: str) -> np.ndarra
     return -np.linalg.norm(a_NxE.astype(np.float64) - b_NxE, ord=order, axis=1)
 
 
-def for_search(queries_QxE: np.ndarray, documents_NxE: np.ndarray, similarity: str) -> tuple[np.ndarray, np.ndarray]:
+def for_search(
+    queries_QxE: np.ndarray, documents_NxE: np.ndarray, similarity: str, centre_E: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns vectors whose dot products rank the documents for each query as `similarity` does, float32.
 
     Of the square of the Euclidean distance, |q|² - 2 q·d + |d|², the first term does not change a query's ranking; the
-    last becomes one more dimension: (q, 1) · (d, -|d|²/2).
+    last becomes one more dimension: (q, 1) · (d, -|d|²/2). That loses the digits of small distances between long
+    vectors, unless both are measured from a point near the documents.
+
+    Args:
+      queries_QxE: float32.
+      documents_NxE: float32.
+      similarity: 'cosine', 'dot' or 'euclidean'.
+      centre_E: that point, the same for all queries and documents: see `centre_of`; None = 0.
 
     Raises:
       UserError: Manhattan distances, which no dot product stands for.
@@ -52,7 +61,14 @@ def for_search(queries_QxE: np.ndarray, documents_NxE: np.ndarray, similarity: s
     if similarity == "dot":
         return queries_QxE, documents_NxE
     if similarity == "euclidean":
+        if centre_E is not None:
+            queries_QxE, documents_NxE = queries_QxE - centre_E, documents_NxE - centre_E
         squares_N = np.einsum("ne,ne->n", documents_NxE, documents_NxE, dtype=np.float64)
         queries = np.column_stack([queries_QxE, np.ones(len(queries_QxE), np.float32)])
         return queries, np.column_stack([documents_NxE, (-squares_N / 2).astype(np.float32)])
     raise UserError(f"the model compares vectors by {similarity} distance: retrieval cannot be scored by that")
+
+
+def centre_of(vectors_NxE: np.ndarray) -> np.ndarray:
+    """Returns the mean of vectors, float32 [E]; 0 of none."""
+    return vectors_NxE.mean(0, dtype=np.float64).astype(np.float32) if len(vectors_NxE) else np.float32(0)

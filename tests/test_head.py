@@ -231,6 +231,7 @@ def test_vectors_of_a_folder(plain, folder, mesh):
     kept = fit_pca(sums, 3, False, "")[1]
     assert fitted.after["variance kept"] == pytest.approx(kept, rel=1e-6)
     for name, given, said, message in (
+        ("signs", vectors, {"dtype": "binary"}, "only the signs were kept: encode without --precision=binary"),
         ("unit", vectors, {"normalized": True}, "these vectors were brought to length 1"),
         ("narrow", vectors[:, :8], {}, "vectors of 8 dimensions"),
         ("other", vectors, {"weights": "other"}, r"these are vectors of another model \(a-model\)"),

@@ -174,6 +174,8 @@ def test_models_that_do_not_fit(blueprint, folder, mesh, monkeypatch):
         with pytest.raises(UserError, match=message):
             merging.open_sources(["a", name], mesh)
     assert len(merging.open_sources(["a", "start", "a"], mesh)) == 3
+    opened = merging.open_sources(["a", "start"], mesh, "pooled")  # a bare transformer pools as it likes
+    assert [each.spec for each in opened] == ["a", "start", "pooled"]
 
 
 @pytest.fixture(scope="module")

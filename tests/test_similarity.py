@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxembed.errors import UserError
-from jaxembed.similarity import all_pairs, for_search, pairwise, unit
+from jaxembed.similarity import all_pairs, centre_of, for_search, pairwise, unit
 
 KINDS = ["cosine", "dot", "euclidean", "manhattan"]
 
@@ -34,6 +34,14 @@ def test_dot_products_of_what_is_searched_rank_alike(kind):
     ours, theirs = for_search(queries, documents, kind)
     assert ours.dtype == theirs.dtype == np.float32
     np.testing.assert_array_equal((ours @ theirs.T).argsort(1), all_pairs(queries, documents, kind).argsort(1))
+
+
+def test_small_distances_between_long_vectors_keep_their_order():
+    offset = 30 * unit(vectors(1, 4))
+    queries, documents = offset + 0.05 * vectors(20, 2), offset + 0.05 * vectors(50, 3)
+    ours, theirs = for_search(queries, documents, "euclidean", centre_of(documents))
+    wanted = all_pairs(queries.astype(np.float64), documents.astype(np.float64), "euclidean").argsort(1)
+    np.testing.assert_array_equal((ours @ theirs.T).argsort(1), wanted)
 
 
 def test_manhattan_distances_cannot_be_searched_by():

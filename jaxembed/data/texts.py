@@ -43,19 +43,20 @@ class TextReader:
         """Yields id and text of each; of a list's texts the ids are ID.0, ID.1, and so on.
 
         Raises:
-          UserError: a row without text or with something else there, named FILE:LINE; an unreadable file; no row.
+          UserError: a row without text or with something else there, named FILE:LINE; an unreadable file; no text.
         """
         empty = True
         for number, row in self.source.rows(self._choose):
-            empty = False
             try:
                 if isinstance(row, BadRecord):
                     raise row
-                yield from self._texts(number, row)
+                for text in self._texts(number, row):
+                    empty = False
+                    yield text
             except BadRecord as error:
                 raise UserError(f"{self.source.name(number)}: {error}") from error
         if empty:
-            raise UserError(f"{self._where}: {self.source.title} is empty")
+            raise UserError(f"{self._where}: {self.source.title} has no text")
 
     def _texts(self, number: int, row: dict[str, Any]) -> Iterator[tuple[str, str]]:
         key, field = self._id(number, row), self._field or TEXT

@@ -12,7 +12,7 @@ from jaxembed.errors import UserError
 from jaxembed.evaluation.lines import id_of, read_lines, read_objects, text_of
 from jaxembed.evaluation.sets import retrieval_files
 from jaxembed.evaluation.vectors import Encode, finite_vectors
-from jaxembed.similarity import for_search
+from jaxembed.similarity import centre_of, for_search
 from jaxembed.storage import AnyPath
 
 DEPTH = 100  # documents ranked per query
@@ -98,7 +98,8 @@ def rank_by_vectors(data: RetrievalData, encode: Encode, search: Search, similar
     """
     queries_QxE = finite_vectors(encode, data.queries, "query")
     documents_NxE = finite_vectors(encode, data.documents, "document")
-    return search(*for_search(queries_QxE, documents_NxE, similarity), ranking_depth(data))[1]
+    compared = for_search(queries_QxE, documents_NxE, similarity, centre_of(documents_NxE))
+    return search(*compared, ranking_depth(data))[1]
 
 
 def ranking_depth(data: RetrievalData) -> int:

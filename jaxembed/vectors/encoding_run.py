@@ -58,7 +58,7 @@ class Work:
     """
 
     count: int = 0
-    texts: int = 0
+    texts: float = 0
     tokens: int = 0
     places: int = 0
     seconds: float = 0.0
@@ -169,17 +169,17 @@ def _count(
     work: Work,
     shard: Shard,
     read: float,
-    texts: int,
+    texts: float,
     begun: float,
     progress: Callable[[Work], None],
     batch: DeviceBatch,
 ) -> None:
     """Adds a device batch to the work, which was at `read` and `texts` before this shard."""
-    work.texts += batch.n_texts
+    work.texts += batch.n_texts / len(shard.tokenized)  # each template has them all
     work.tokens += batch.n_tokens
     work.places += batch.places
     work.seconds = time.monotonic() - begun
-    part = (work.texts - texts) / (len(shard.ids) * len(shard.tokenized))
+    part = (work.texts - texts) / len(shard.ids)
     work.read = read + (shard.read - read) * part
     progress(work)
 

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxembed.config import MeshConfig
 from jaxembed.sharding import AXES, make_mesh, platform, put
-from jaxembed.similarity import for_search
+from jaxembed.similarity import centre_of, for_search
 
 QUERIES = 1024  # compared at a time
 TILE = 2048  # documents of a product, per device
@@ -71,11 +71,16 @@ class Compared:
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yields (number of the first, float32 [n, width])."""
         for start, block in self.vectors.blocks():
-            yield start, for_search(block[:0], block, self.similarity)[1]
+            yield start, for_search(block[:0], block, self.similarity, self._centre)[1]
 
     def queries(self, queries_QxE: np.ndarray) -> np.ndarray:
         """Returns vectors to search with, float32 [Q, width]."""
-        return for_search(queries_QxE, queries_QxE[:0], self.similarity)[0]
+        return for_search(queries_QxE, queries_QxE[:0], self.similarity, self._centre)[0]
+
+    @functools.cached_property
+    def _centre(self) -> np.ndarray | None:
+        """The mean of the first block; None where distances are not compared."""
+        return centre_of(next(iter(self.vectors.blocks()))[1]) if self.similarity == "euclidean" else None
 
     def scores(self, dots_QxK: np.ndarray, queries_QxE: np.ndarray) -> np.ndarray:
         """Returns similarities of dot products that `queries` had with these vectors: float32 [Q, K].
@@ -84,6 +89,7 @@ class Compared:
         """
         if self.similarity != "euclidean":
             return dots_QxK
+        queries_QxE = queries_QxE - self._centre
         squares_Q = np.einsum("qe,qe->q", queries_QxE, queries_QxE, dtype=np.float64)
         return -np.sqrt(np.maximum(squares_Q[:, None] - 2.0 * dots_QxK, 0)).astype(np.float32)
 

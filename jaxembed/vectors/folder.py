@@ -40,6 +40,7 @@ class Manifest:
       weights: a digest of its weights; see `model_source.digest_of`.
       input: as the user named it.
       files: the input's files, each with what changes when its content does.
+      rows: what else decides the input's rows, such as a split; see `RowSource.identity`.
       field, id_field: columns of texts and ids; '' for the usual ones.
       prompt: what stood before each text.
       template: what each text was put into; '' for nothing.
@@ -59,6 +60,7 @@ class Manifest:
     weights: str
     input: str
     files: tuple[tuple[str, int | str], ...]
+    rows: tuple[str, ...]
     field: str
     id_field: str
     prompt: str
@@ -98,7 +100,7 @@ class ShardWriter:
                     "--out, or the same flags"
                 )
             return
-        if self.path.is_dir() and sizes(self.path):
+        if self.path.is_dir() and not all(name.startswith(f".{MANIFEST}.") for name in sizes(self.path)):
             raise UserError(f"--out={self.path}: has files but no {MANIFEST}: take another --out, or empty the folder")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -181,7 +183,8 @@ class VectorFolder:
         if not said["complete"]:
             raise UserError(f"{where}={folder}: not all vectors are there: start the same jaxembed.encode again")
         encoding = said["encoding"]
-        return cls(folder, said["count"], Manifest(**encoding | {"files": tuple(map(tuple, encoding["files"]))}))
+        rest = {"files": tuple(map(tuple, encoding["files"])), "rows": tuple(encoding["rows"])}
+        return cls(folder, said["count"], Manifest(**encoding | rest))
 
     def __len__(self) -> int:
         return self.count

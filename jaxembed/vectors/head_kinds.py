@@ -26,6 +26,7 @@ from jaxembed.vectors.heads import (
     require_plain,
     with_layer,
 )
+from jaxembed.vectors.quantize import PACKED
 from jaxembed.vectors.record_pairs import compares_by_cosine, read_pairs
 
 SAMPLE = 2000  # vectors that figures of a table are made of
@@ -102,6 +103,10 @@ def _reduced(flag: Any) -> Fitted:
 def _require_raw(folder: VectorFolder, embedder: Embedder, spec: str, where: str) -> None:
     if folder.normalized:
         raise UserError(f"{where}: these vectors were brought to length 1: encode with jaxembed.encode --raw")
+    if folder.dtype in PACKED:
+        raise UserError(
+            f"{where}: of these vectors only the signs were kept: encode without --precision={folder.dtype}"
+        )
     if folder.width != embedder.width or folder.manifest.template:
         raise UserError(
             f"{where}: vectors of {folder.width} dimensions, or in a template: encode with the model as it is"

@@ -47,8 +47,8 @@ class Plan:
     dtype: str = "f32"
     similarity: str = "cosine"
 
-    def require(self) -> None:
-        """Refuses what cannot be built; needs no vectors.
+    def require(self, width: int) -> None:
+        """Refuses what cannot be built of vectors of so many dimensions; needs none of them.
 
         Raises:
           UserError: the package is not installed, faiss knows no such index, or 8 bits would lose the vectors' lengths.
@@ -58,7 +58,7 @@ class Plan:
             raise UserError(f"--index={self.kind} needs a package that is not installed: pip install {package}")
         if self.kind == "faiss":
             with _errors_of(self):
-                _package("faiss").index_factory(64, self.factory)
+                _package("faiss").index_factory(width, self.factory)
         elif self.dtype == "i8" and self.similarity != "cosine":
             raise UserError(
                 f"--usearch_dtype=i8 keeps no vector's length, and the model compares by {self.similarity}: take f16"
@@ -114,7 +114,7 @@ def build(plan: Plan, documents: Vectors) -> Index:
     Raises:
       UserError: faiss cannot learn from so few, and what `Plan.require` raises.
     """
-    plan.require()
+    plan.require(documents.width)
     with _errors_of(plan):
         given = Compared(documents, "cosine") if plan.similarity == "cosine" else documents
         return _KINDS[plan.kind].build(plan, given)

@@ -51,7 +51,8 @@ def test_the_same_from_lines_tables_and_several_files(tmp_path):
         ([{"text": "a", "id": 1.5}], {}, "_id or id wants a name or a whole number, has 1.5"),
         ([{"text": "a"}], {"id_field": "key"}, "key wants a name"),
         ([{"text": "\ud800"}], {}, "not valid Unicode"),
-        ([], {}, "is empty"),
+        ([], {}, "rows.jsonl has no text"),
+        ([{"text": []}], {}, "rows.jsonl has no text"),
     ],
 )
 def test_what_is_no_text_is_said(tmp_path, rows, options, words):

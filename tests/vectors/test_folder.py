@@ -59,9 +59,18 @@ def test_a_folder_is_one_encodings(tmp_path):
     write_shards(tmp_path / "v", finished=False)
     moved = manifest(model="other/place", input="x", files=(("elsewhere/in.jsonl", 3, 4),))
     ShardWriter(tmp_path / "v", moved).claim()  # the same texts and weights, wherever they lie
-    for changes in ({"weights": "w2"}, {"prompt": "p"}, {"shard_size": 5}, {"files": (("in.jsonl", 4, 4),)}):
+    for changes in (
+        {"weights": "w2"},
+        {"prompt": "p"},
+        {"shard_size": 5},
+        {"rows": ("test",)},
+        {"files": (("in.jsonl", 4, 4),)},
+    ):
         with pytest.raises(UserError, match=f"another encoding .*{next(iter(changes))}"):
             ShardWriter(tmp_path / "v", manifest(**changes)).claim()
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / ".manifest.json.17.tmp").write_text("{")
+    ShardWriter(tmp_path / "killed", manifest()).claim()  # killed before its first word was out
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("")
     with pytest.raises(UserError, match="has files but no manifest"):

@@ -106,13 +106,16 @@ def test_a_file_gives_the_same_index(folder, plan, tmp_path):
 
 def test_what_cannot_be_built_is_refused(folder, monkeypatch, tmp_path):
     with pytest.raises(UserError, match="could not parse index string Tree"):
-        Plan("faiss", "Tree").require()
+        Plan("faiss", "Tree").require(12)
+    Plan("faiss", "PQ6").require(12)
+    with pytest.raises(UserError, match="should be a multiple of"):
+        Plan("faiss", "PQ8").require(12)
     with pytest.raises(UserError, match="--usearch_dtype=i8 keeps no vector's length, and the model compares by dot"):
-        Plan("usearch", dtype="i8", similarity="dot").require()
+        Plan("usearch", dtype="i8", similarity="dot").require(12)
     index = build(Plan("usearch"), folder)
     (tmp_path / "file").write_text(json.dumps({}))
     with pytest.raises(UserError, match=r"--index_file=.*cannot be written"):
         save(index, tmp_path / "file" / "x", Plan("usearch"), {})
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="--index=faiss needs a package that is not installed: pip install faiss-cpu"):
-        Plan("faiss").require()
+        Plan("faiss").require(12)
