@@ -16,7 +16,8 @@ dropped, and one JSON line last.
   --near_duplicates   drop records whose query and positives share so large a part of their runs of 3 words (Jaccard)
                       with an earlier record that is kept
   --consistency       drop pairs whose positive is not among the first so many documents that --model finds for the
-                      query (E5, arXiv:2212.03533), of --pool documents, drawn by a hash. Holds all records in memory
+                      query (E5, arXiv:2212.03533), of --pool documents, drawn by a hash. Holds all records in memory;
+                      their `instruction` fills {instruction} in the model's prompt for queries, as in training
 """
 
 import json
@@ -37,6 +38,7 @@ from jaxembed.storage import AnyPath
 
 if TYPE_CHECKING:
     from jaxembed.data.records import Record, RecordReader
+    from jaxembed.data.rows import RowSource
     from jaxembed.mining.dropping import Dropped, Rule
 
 README = "README.md"
@@ -58,14 +60,17 @@ def _clean(out: AnyPath, peers: Peers) -> None:
 
     from jaxembed.data.records import RecordReader
     from jaxembed.mining.dropping import Dropped, sieve
+    from jaxembed.mining.inputs import asked
     from jaxembed.mining.report import rich_table
 
     source = SourceConfig(**parse_spec(flag.pairs), format=flag.format)
     reader, dropped = RecordReader(source, "error", "--pairs"), Dropped()
+    if peers.count > 1:
+        peers.require_same("command", asked([reader.source, *_sets()]))
     counted = _Counted(reader, bar=peers.main)
     records: Iterable[Record] = sieve(counted, _rules(), dropped)
     if flag.consistency:
-        records = _consistent(records, dropped, peers.main)
+        records = _consistent(list(records), dropped, peers)
     if not peers.main:
         return
     kept = _Rows(records)
@@ -75,6 +80,13 @@ def _clean(out: AnyPath, peers: Peers) -> None:
     _write_report(report_folder(out, flag.report), reader.source.label, rows, dropped)
     counts = {"read": counted.count, "kept": kept.count, "texts_left_out": dropped.texts}
     print(json.dumps({"out": str(out), **counts, "dropped": dropped.counts}))
+
+
+def _sets() -> "list[RowSource]":
+    """Returns the rows of --against."""
+    from jaxembed.mining.contamination import sources
+
+    return [source for spec in flags.FLAGS.against for source in sources(spec)]
 
 
 def _rules() -> "list[Rule]":
@@ -93,15 +105,23 @@ def _rules() -> "list[Rule]":
     return rules
 
 
-def _consistent(records: "Iterable[Record]", dropped: "Dropped", bar: bool) -> "list[Record]":
+def _consistent(records: "list[Record]", dropped: "Dropped", peers: Peers) -> "list[Record]":
     flag = flags.FLAGS
+    from jaxembed import model_source
     from jaxembed.embedder import Embedder
     from jaxembed.mining.consistency import consistent
-    from jaxembed.mining.scoring import require_searchable
+    from jaxembed.mining.inputs import require_matches
+    from jaxembed.mining.scoring import prompts_of, require_searchable
 
+    said = f"--model={flag.model}"
+    require_matches(records, f"--consistency: --pairs={flag.pairs}")
     embedder = Embedder.load(flag.model, dtype=flag.dtype)
-    require_searchable(embedder, f"--model={flag.model}")
-    return consistent(list(records), embedder, flag.consistency, flag.pool, dropped, bar)
+    require_searchable(embedder, said)
+    prompts = prompts_of(embedder, said)
+    if peers.count > 1:
+        weights = model_source.fingerprint(flag.model, embedder.blueprint)
+        peers.require_same("model", {"weights": weights, "records": len(records)})
+    return consistent(records, embedder, prompts, flag.consistency, flag.pool, dropped, peers.main)
 
 
 class _Counted:

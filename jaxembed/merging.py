@@ -61,25 +61,29 @@ class Source:
         return Embedder(dataclasses.replace(self.blueprint, base=""), self.factory, params, mesh)
 
 
-def open_sources(specs: Sequence[str], mesh: jax.sharding.Mesh) -> list[Source]:
+def open_sources(specs: Sequence[str], mesh: jax.sharding.Mesh, base: str = "") -> list[Source]:
     """Opens models that are to become one.
 
     Args:
       specs: what `Embedder.load` takes.
       mesh: where their weights are to lie.
+      base: what they began with, '' for none. It may be pooled in another way, as a bare transformer is.
+
+    Returns:
+      The models; behind them the base, where there is one.
 
     Raises:
       UserError: one cannot be opened; or it differs from the first in its architecture, the shape of a leaf, its head
         or its tokenizer, or makes vectors of routing weights.
     """
-    sources = [_open(spec) for spec in specs]
+    sources = [_open(spec) for spec in (*specs, *([base] if base else []))]
     for source in sources:
         if source.blueprint.head.moee:
             raise UserError(
                 f"{source.spec}: makes vectors of routing weights, which no folder holds: take another model"
             )
-    for source in sources[1:]:
-        _require_alike(sources[0], source, mesh)
+    for number, source in enumerate(sources[1:], 1):
+        _require_alike(sources[0], source, mesh, heads=number < len(specs))
     return sources
 
 
@@ -91,8 +95,8 @@ def _open(spec: str) -> Source:
     return Source(spec, dataclasses.replace(blueprint, language=None), load)
 
 
-def _require_alike(first: Source, other: Source, mesh: jax.sharding.Mesh) -> None:
-    """Refuses two models whose weights do not stand for the same."""
+def _require_alike(first: Source, other: Source, mesh: jax.sharding.Mesh, heads: bool) -> None:
+    """Refuses two models whose weights, or `heads`, do not stand for the same."""
     a, b = first.blueprint, other.blueprint
     both = f"{first.spec} and {other.spec} cannot become one model"
     if a.architecture.model_type != b.architecture.model_type:
@@ -103,7 +107,8 @@ def _require_alike(first: Source, other: Source, mesh: jax.sharding.Mesh) -> Non
         if shapes.get(path) != others.get(path):
             said, instead = (str(x[path]) if path in x else "none" for x in (shapes, others))
             raise UserError(f"{both}: {path} is {said} in the first, {instead} in the other")
-    for what, one, two in (("backbones", a.backbone, b.backbone), ("heads", a.head, b.head)):
+    compared = [("backbones", a.backbone, b.backbone), *([("heads", a.head, b.head)] if heads else [])]
+    for what, one, two in compared:
         for field in dataclasses.fields(one):
             said, instead = getattr(one, field.name), getattr(two, field.name)
             if said != instead and field.name not in NO_MATTER:

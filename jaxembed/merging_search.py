@@ -78,7 +78,7 @@ def search(
 
     Args:
       base: what the models began with.
-      models: from `merging.open_sources`, with the base.
+      models: from `merging.open_sources`, with the base; prompts and all but weights are the first one's.
       pairs: the probe.
       settings: how.
       unit: whether vectors are compared by cosine, and not by dot products.
@@ -92,7 +92,7 @@ def search(
     start = base.read(mesh, seen)
     with jax.set_mesh(mesh):
         towards = tuple(_difference(model.read(mesh, seen), start) for model in models)
-    space = Space(Embedder(base.blueprint, base.factory, start, mesh), towards, unit, settings.temperature)
+    space = Space(models[0].with_params(start, mesh), towards, unit, settings.temperature)
     coefficients = {"logits": jnp.zeros(len(models)), "scale": jnp.ones(())}
     alone = np.eye(len(models), dtype=np.float32)
     first = [np.zeros(len(models), np.float32), *alone, weights_of(coefficients)]
@@ -108,7 +108,7 @@ def search(
         done(loss)
     weights = weights_of(coefficients)
     losses.append(space.mean_loss(weights, pairs, settings.batch_size))
-    model = base.with_params(space.at(weights), mesh)
+    model = models[0].with_params(space.at(weights), mesh)
     return Found(tuple(np.asarray(weights).tolist()), tuple(losses), model)
 
 

@@ -6,15 +6,17 @@
 Reads records and writes them with `negative` and `scores`, as training takes them (a JSON object per line, or parquet).
 The candidates of a record are the documents that the model finds for its query: positives and negatives of all records,
 and the texts of --corpus. Never taken, and without a rank: what equals the query or a positive but for case and spaces,
-what answers the same query in another record, what is in a record of the same group or label. Where a record finds too
-few candidates for these reasons, the search goes deeper. `negative_query` is left out: negatives that are found have
-none. Texts are held in memory. Prints what each rule has dropped, and one JSON line last.
+what answers the same query in another record, what is in a record of the same group or label; queries are the same but
+for case, spaces and their `instruction`, which fills {instruction} in the model's prompt as in training. Where a record
+finds too few candidates for these reasons, the search goes deeper. `negative_query` is left out: negatives that are
+found have none. Texts are held in memory. Prints what each rule has dropped, and one JSON line last.
 
   --model            the model: a run's folder (RUN, RUN@STEP, RUN@best), an exported one, or a name on the hub
   --pairs            records: a file, folder or glob, tfds:NAME:SPLIT, hf:NAME:SPLIT; --format: theirs, as in training
   --out              .jsonl, .jsonl.gz or .parquet; --report: a folder for README.md and a picture, else OUT.report
   --corpus           more documents: as --pairs, rows with `text` (and `title`), else --field; --id_field: their ids
-  --corpus_vectors   a folder that jaxembed.encode made of the same --corpus by the same model
+  --corpus_vectors   a folder that jaxembed.encode made of the same --corpus by the same model and --prompt_name
+  --prompt_name      the models' prompt that is put before each document; --query_prompt_name: before each query
   --negatives        of a record, those that it has already among them (--replace leaves those out)
   --range            FIRST:LAST: the ranks after FIRST, up to LAST, of the candidates
   --relative_margin  drop what scores above the positive's score less this part of it; 0.05 is TopK-PercPos 95 % of
@@ -45,9 +47,12 @@ from jaxembed.mining.writing import report_folder, require_out, row_of, write_re
 from jaxembed.storage import AnyPath
 
 if TYPE_CHECKING:
+    from jaxembed.data.records import Record
+    from jaxembed.data.texts import TextReader
     from jaxembed.embedder import Embedder
     from jaxembed.mining.collection import Collection
     from jaxembed.mining.miner import Mined
+    from jaxembed.mining.scoring import Scorer
     from jaxembed.vectors.folder import VectorFolder
 
 README, SHOWN = "README.md", 5  # records shown in it
@@ -68,35 +73,25 @@ def _mine(settings: Settings, out: AnyPath, peers: Peers) -> None:
 
     from jaxembed.data.records import RecordReader
     from jaxembed.data.texts import TextReader
-    from jaxembed.embedder import Embedder
-    from jaxembed.mining.collection import Collection
+    from jaxembed.mining.inputs import asked, require_matches
     from jaxembed.mining.miner import mine
     from jaxembed.mining.report import rich_table
-    from jaxembed.mining.scoring import Scorer, require_searchable
 
-    say = Console(stderr=True, quiet=not peers.main).print
     source = SourceConfig(**parse_spec(flag.pairs), format=flag.format)
     reader = RecordReader(source, "error", "--pairs")
+    corpus = TextReader(flag.corpus, "--corpus", flag.field, flag.id_field) if flag.corpus else None
     stored = _stored()
-    embedder = Embedder.load(flag.model, dtype=flag.dtype)
-    require_searchable(embedder, f"--model={flag.model}")
-    teacher = Embedder.load(flag.teacher, dtype=flag.dtype) if flag.teacher else None
-    if teacher:
-        require_searchable(teacher, f"--teacher={flag.teacher}")
-    corpus = list(TextReader(flag.corpus, "--corpus", flag.field, flag.id_field)) if flag.corpus else []
-    if stored:
-        _require_stored(stored, corpus, embedder)
-    collection = Collection.of(list(reader), (text for _, text in corpus), distinct=stored is None)
-    texts = f"{len(collection.queries):,} queries, {len(collection.documents):,} documents"
-    say(f"{len(collection.records):,} records, {texts}")
-    scorer = Scorer(embedder, collection, stored, bar=peers.main)
-    score = Scorer(teacher, collection, bar=peers.main).score if teacher else scorer.score
-    mined = mine(collection, scorer.search, score, settings, rescore=teacher is not None)
+    peers.require_same("command", asked([reader.source, *([corpus.source] if corpus else [])]))
+    records = list(reader)
+    require_matches(records, f"--pairs={flag.pairs}")
+    collection, scorer, teacher = _scorers(records, corpus, stored, peers)
+    decisive = teacher or scorer
+    mined = mine(collection, scorer.search, decisive.score, settings, rescore=teacher is not None)
     if not peers.main:
         return
     counts = _counts(collection, mined, settings)
     write_records(out, _rows(collection, mined, settings))
-    similarity = (teacher or embedder).blueprint.similarity
+    similarity = decisive.embedder.blueprint.similarity
     _write_report(report_folder(out, flag.report), reader.source.label, collection, mined, settings, counts, similarity)
     console = Console()
     console.print(rich_table("Candidates", "became", _became(mined, settings)))
@@ -113,12 +108,49 @@ def _stored() -> "VectorFolder | None":
     return VectorFolder.open(folder, "--corpus_vectors") if folder else None
 
 
-def _require_stored(stored: "VectorFolder", corpus: list[tuple[str, str]], embedder: "Embedder") -> None:
-    from jaxembed import model_source
-    from jaxembed.mining.scoring import require_stored
+def _scorers(
+    records: "list[Record]", corpus: "TextReader | None", stored: "VectorFolder | None", peers: Peers
+) -> "tuple[Collection, Scorer, Scorer | None]":
+    """Loads the models; returns the texts, the model's view of them, and the teacher's."""
+    from rich.console import Console
 
-    weights = model_source.fingerprint(flags.FLAGS.model, embedder.blueprint)
-    require_stored(stored, [key for key, _ in corpus], embedder, weights, "--corpus_vectors")
+    from jaxembed.mining.collection import Collection
+    from jaxembed.mining.inputs import require_stored
+    from jaxembed.mining.scoring import Scorer
+
+    flag = flags.FLAGS
+    embedder, prompts, weights = _load("model", bool(stored), peers)
+    teacher = _load("teacher", False, peers) if flag.teacher else None
+    rows = list(corpus) if corpus else []
+    if stored:
+        ids, columns = [key for key, _ in rows], (flag.field, flag.id_field)
+        require_stored(stored, corpus.source, ids, columns, embedder, prompts[1], weights)
+    collection = Collection.of(records, (text for _, text in rows), distinct=stored is None)
+    found = {"queries": len(collection.queries), "documents": len(collection.documents)}
+    peers.require_same("texts", found)
+    said = ", ".join(f"{count:,} {name}" for name, count in {"records": len(records), **found}.items())
+    Console(stderr=True, quiet=not peers.main).print(said)
+    scorer = Scorer(embedder, collection, prompts, stored, bar=peers.main)
+    return collection, scorer, Scorer(teacher[0], collection, teacher[1], bar=peers.main) if teacher else None
+
+
+def _load(name: str, digest: bool, peers: Peers) -> "tuple[Embedder, tuple[str, str], str]":
+    """Returns the model that a flag names, its prompts for queries and documents, and a digest of its weights.
+
+    The digest is '' where neither `digest` nor several processes ask for it.
+    """
+    from jaxembed import model_source
+    from jaxembed.embedder import Embedder
+    from jaxembed.mining.scoring import prompts_of, require_searchable
+
+    flag, said = flags.FLAGS, f"--{name}={flags.FLAGS[name].value}"
+    embedder = Embedder.load(flag[name].value, dtype=flag.dtype)
+    require_searchable(embedder, said)
+    prompts = prompts_of(embedder, said, flag.query_prompt_name, flag.prompt_name)
+    wanted = digest or peers.count > 1
+    weights = model_source.fingerprint(flag[name].value, embedder.blueprint) if wanted else ""
+    peers.require_same(name, {"weights": weights, "prompts": prompts})
+    return embedder, prompts, weights
 
 
 def _rows(collection: "Collection", mined: "Mined", settings: Settings) -> Iterator[dict[str, Any]]:
@@ -274,6 +306,8 @@ if __name__ == "__main__":
     flags.DEFINE_string("field", "", "Column of the texts of --corpus; '' = text, with a title before it.")
     flags.DEFINE_string("id_field", "", "Column of their ids; '' = _id or id, else the rows' numbers.")
     flags.DEFINE_string("corpus_vectors", "", "Vectors of --corpus, by jaxembed.encode.")
+    flags.DEFINE_string("prompt_name", "document", "The models' prompt for documents by name; '' = none.")
+    flags.DEFINE_string("query_prompt_name", "query", "Their prompt for queries by name; '' = none.")
     flags.DEFINE_integer("negatives", 4, "Of a record.", lower_bound=1)
     flags.DEFINE_bool("replace", False, "Leave out the negatives that records have.")
     flags.DEFINE_string("range", "0:100", "Ranks that are skipped, and the last one that is looked at.")

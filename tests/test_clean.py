@@ -1,5 +1,6 @@
 """The command that cleans: which records are left, in which order the rules come, what is refused."""
 
+import contextlib
 import json
 import pathlib
 
@@ -7,8 +8,10 @@ import pytest
 import run_command
 import word_models
 
+from jaxembed import distributed
 from jaxembed.config import SourceConfig
 from jaxembed.data.records import RecordReader
+from jaxembed.storage import stamp
 
 TEXTS = word_models.sentences(60, 6)
 
@@ -26,6 +29,17 @@ def pairs(tmp_path) -> pathlib.Path:
     return path
 
 
+class Recorder(contextlib.nullcontext):
+    """Process 0 of two; keeps what they must have in common."""
+
+    def __init__(self) -> None:
+        super().__init__(self)
+        self.main, self.count, self.said = True, 2, {}
+
+    def require_same(self, what: str, value: object) -> None:
+        self.said |= {what: json.loads(json.dumps(value))}
+
+
 def test_each_rule_drops_what_it_is_for(pairs, tmp_path, monkeypatch, capsys):
     sts = tmp_path / "dev.jsonl"
     sts.write_text(json.dumps({"sentence1": f"{TEXTS[50].title()}!", "sentence2": "other", "score": 1}) + "\n")
@@ -35,6 +49,8 @@ def test_each_rule_drops_what_it_is_for(pairs, tmp_path, monkeypatch, capsys):
         "near": ["--near_duplicates=0.7"],
         "noise": ["--consistency=3", "--model=tiny"],
     }
+    peers = Recorder()
+    monkeypatch.setattr(distributed, "connect", lambda: peers)
     everything = [json.loads(line)["id"] for line in pairs.read_text().splitlines()]
 
     def left(out, args):
@@ -58,6 +74,9 @@ def test_each_rule_drops_what_it_is_for(pairs, tmp_path, monkeypatch, capsys):
         "positive not among the first 3",
     ]
     assert list(dropped.values()) == [1, 1, 0, 1, 1]
+    inputs = {str(path): {"files": [[path.name, *stamp(path)]], "rows": []} for path in (pairs, sts)}
+    assert peers.said["command"]["inputs"] == inputs and peers.said["command"]["flags"]["near_duplicates"] == 0.7
+    assert peers.said["model"] == {"weights": "weights of tiny", "records": 21}
     readme = (tmp_path / "all.parquet.report" / "README.md").read_text()
     assert "### near duplicate" in readme and "0.7" in readme and str(tmp_path) not in readme
     kept, _, records = left("exact.jsonl.gz", rules["exact"])

@@ -1,5 +1,6 @@
 """The command that mines: records in, records out, as training reads them."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -10,10 +11,13 @@ import pytest
 import run_command
 import word_models
 
+from jaxembed import distributed
 from jaxembed.config import SourceConfig
 from jaxembed.data.records import RecordReader
+from jaxembed.embedder import Embedder
 from jaxembed.mining.tally import Tally
 from jaxembed.reporting import curves
+from jaxembed.storage import stamp
 from jaxembed.vectors.folder import Manifest, ShardWriter
 from jaxembed.vectors.quantize import quantize
 
@@ -41,12 +45,31 @@ def corpus(tmp_path) -> pathlib.Path:
     return write(tmp_path / "corpus.jsonl", rows)
 
 
+class Recorder(contextlib.nullcontext):
+    """Process 0 of two; keeps what they must have in common."""
+
+    def __init__(self) -> None:
+        super().__init__(self)
+        self.main, self.count, self.said = True, 2, {}
+
+    def require_same(self, what: str, value: object) -> None:
+        self.said |= {what: json.loads(json.dumps(value))}
+
+
 def read(path) -> list:
     return list(RecordReader(SourceConfig(path=str(path)), "error", "--data"))
 
 
-def cosine(a: str, b: str, model) -> float:
-    x, y = model.encode_query(a), model.encode_document(b)
+def instructed() -> Embedder:
+    """A model whose prompt for queries has a place for instructions."""
+    model = word_models.make("bert")
+    prompts = {"query": "{instruction} w1 w2 ", "told": "w3 ", "torn": "w4 {instruction} "}
+    return Embedder(dataclasses.replace(model.blueprint, prompts=prompts), model.factory, model.params, model.mesh)
+
+
+def cosine(a: str, b: str, model, instruction: str = "") -> float:
+    prompt = model.prompts["query"].replace("{instruction}", instruction)
+    x, y = model.encode(a, prompt=prompt), model.encode_document(b)
     return float(x @ y / np.linalg.norm(x) / np.linalg.norm(y))
 
 
@@ -59,21 +82,22 @@ def mine(monkeypatch, capsys, pairs, out, *args, **models):
 def test_records_come_out_with_negatives_and_scores(pairs, corpus, tmp_path, monkeypatch, capsys):
     out = tmp_path / "new" / "mined.jsonl.gz"
     args = ("--negatives=3", "--relative_margin=0.02", f"--corpus={corpus}")
-    code, said, _ = mine(monkeypatch, capsys, pairs, out, *args)
+    model = instructed()
+    code, said, _ = mine(monkeypatch, capsys, pairs, out, *args, model=model)
     assert code == 0
-    before, after, model = read(pairs), read(out), word_models.make("bert")
+    before, after = read(pairs), read(out)
     for a, b in zip(before, after, strict=True):
         cut = dataclasses.replace(b, negatives=b.negatives[: len(a.negatives)], scores=())
         assert cut == dataclasses.replace(a, negative_queries=()) and len(b.scores) == len(b.positives) + len(
             b.negatives
         )
-        expected = [cosine(b.query, text, model) for text in (*b.positives, *b.negatives)]
+        expected = [cosine(b.query, text, model, b.instruction) for text in (*b.positives, *b.negatives)]
         assert b.scores == pytest.approx(expected, abs=2e-6)
         new = b.scores[len(b.positives) + len(a.negatives) :]
         assert all(score <= min(b.scores[: len(b.positives)]) * 0.98 + 1e-6 for score in new)
         assert list(new) == sorted(new, reverse=True)
     line = json.loads(said.splitlines()[-1])
-    assert line["records"] == 25 and line["documents"] == 15 + 27 - 1 and line["queries"] == 24
+    assert line["records"] == 25 and line["documents"] == 15 + 27 - 1 and line["queries"] == 25
     assert line["negatives"] == sum(len(b.negatives) for b in after) - 1 > 30
     assert line["short"] == sum(len(b.negatives) < 3 for b in after)
     readme = (tmp_path / "new" / "mined.jsonl.gz.report" / "README.md").read_text()
@@ -89,7 +113,8 @@ def test_stored_vectors_give_the_same_records(pairs, corpus, tmp_path, monkeypat
     texts = dict.fromkeys((field.name for field in said if field.type is str), "")
     said = Manifest(
         **texts
-        | {"weights": "weights of tiny", "dtype": "float32", "similarity": "cosine", "layout": "npy", "files": ()}
+        | {"weights": "weights of tiny", "dtype": "float32", "similarity": "cosine", "layout": "npy"}
+        | {"rows": (), "files": ((f"/elsewhere/{corpus.name}", *stamp(corpus)),)}
         | {"width": model.width, "max_length": 32, "shard_size": 5, "calibration": 0, "normalized": False, "raw": False}
     )
     vectors, ids = model.encode_document([row["text"] for row in rows]), [row["_id"] for row in rows]
@@ -115,17 +140,33 @@ def test_stored_vectors_give_the_same_records(pairs, corpus, tmp_path, monkeypat
         ("signs", {"dtype": "ubinary"}, "ubinary vectors say too little"),
         ("prompt", {"prompt": "query: "}, "encoded with the prompt 'query: '"),
         ("raw", {"raw": True}, "wants the model's vectors as they are"),
+        ("field", {"field": "body"}, "not made of this --corpus in this way (field: 'body' → '')"),
+        ("files", {"files": (("corpus.jsonl", 5, 6),)}, "in this way (files[0][1]: 5 → "),
+        ("named", {"files": (("c.jsonl", *stamp(corpus)),)}, "(files[0][0]: 'c.jsonl' → 'corpus.jsonl')"),
+        ("split", {"rows": ("test",)}, "(rows: ['test'] → [])"),
+        ("cut", {"max_length": 16}, "(max_length: 16 → 32)"),
         ("order", {"ids": [*ids[:3], ids[4], ids[3], *ids[5:]]}, "text 4 is 'd3' there|text 4 is 'd4' there"),
         ("short", {"ids": ids[:-1]}, "15 vectors for 16 texts"),
     ):
         code, _, error = mine(monkeypatch, capsys, pairs, tmp_path / "c.jsonl", *args, store(name, **changes))
         assert code == 2 and any(each in error for each in message.split("|")), error
-    assert not (tmp_path / "c.jsonl").exists()
+        assert not (tmp_path / "c.jsonl").exists()
+    told = (f"--corpus_vectors={tmp_path / 'prompt'}", "--query_prompt_name=document", "--prompt_name=query")
+    blueprint = dataclasses.replace(model.blueprint, prompts={"query": "query: "})
+    model = Embedder(blueprint, model.factory, model.params, model.mesh)
+    code, _, error = mine(monkeypatch, capsys, pairs, tmp_path / "c.jsonl", *args, *told, model=model)
+    assert code == 0, error
+    same = [[r.scores[: len(r.positives)] for r in read(tmp_path / name)] for name in ("b.jsonl", "c.jsonl")]
+    assert not np.allclose(
+        np.concatenate(same[0]), np.concatenate(same[1]), atol=1e-3
+    )  # positives are behind `query: `
 
 
 def test_a_teacher_decides_and_scores(pairs, tmp_path, monkeypatch, capsys):
     teacher = word_models.make("llama both ways")
     out = tmp_path / "mined.parquet"
+    peers = Recorder()
+    monkeypatch.setattr(distributed, "connect", lambda: peers)
     args = ("--teacher=other", "--replace", "--max_score=0.5", "--range=1:20", "--require_full", "--negatives=2")
     assert mine(monkeypatch, capsys, pairs, out, *args, teacher=teacher)[0] == 0
     records = read(out)
@@ -135,9 +176,37 @@ def test_a_teacher_decides_and_scores(pairs, tmp_path, monkeypatch, capsys):
         assert record.scores == pytest.approx(expected, abs=2e-6)
         assert all(score <= 0.5 for score in record.scores[len(record.positives) :])
     assert TEXTS[72] not in next((r.negatives for r in records if r.instruction), ())
+    assert {name: peers.said["command"]["flags"][name] for name in ("negatives", "teacher", "range")} == {
+        "negatives": 2,
+        "teacher": "other",
+        "range": "1:20",
+    }
+    assert peers.said["command"]["inputs"] == {str(pairs): {"files": [["pairs.jsonl", *stamp(pairs)]], "rows": []}}
+    assert peers.said["teacher"]["weights"] == "weights of other" and peers.said["model"]["prompts"] == ["", ""]
+    assert peers.said["texts"] == {"queries": 25, "documents": 27}
     out = tmp_path / "none.jsonl"
     code, _, error = mine(monkeypatch, capsys, pairs, out, "--max_score=-1.5", "--require_full")
     assert code == 2 and "no record is left" in error and not [*tmp_path.glob("*none*")]
+
+
+def test_graded_pairs_are_refused(tmp_path, monkeypatch, capsys):
+    rows = [{"sentence1": text, "sentence2": TEXTS[0], "score": 0.5} for text in TEXTS[1:4]]
+    graded = write(tmp_path / "sts.jsonl", rows)
+    for name, *args in (("mine",), ("clean", "--consistency=1")):
+        args = ["--model=never loaded", f"--pairs={graded}", "--format=st", f"--out={tmp_path / 'x.jsonl'}", *args]
+        code, _, error = run_command.run(monkeypatch, capsys, name, *args)
+        assert code == 2 and "sts.jsonl has graded pairs" in error and len(error.strip().splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["sts.jsonl"]
+
+
+def test_prompts_that_are_refused(pairs, tmp_path, monkeypatch, capsys):
+    for flag, message in (
+        ("--prompt_name=other", "--prompt_name=other: the prompts of --model=tiny are query, document, told, torn"),
+        ("--query_prompt_name=other", "--query_prompt_name=other: the prompts of --model=tiny are"),
+        ("--prompt_name=torn", "--model=tiny: its prompt 'torn' has {instruction}, but a document"),
+    ):
+        code, _, error = mine(monkeypatch, capsys, pairs, tmp_path / "x.jsonl", flag, model=instructed())
+        assert code == 2 and message in error and len(error.splitlines()) == 1
 
 
 WRONG = [

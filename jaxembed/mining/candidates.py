@@ -8,7 +8,8 @@ import numpy as np
 from jaxembed.mining import rules
 from jaxembed.mining.collection import Collection
 
-QUERIES = 1 << 16  # searched at a time: once over all documents
+CELLS = 1 << 25  # candidates looked at together, each in about 50 bytes, in one search of all documents
+LEAST = 256  # but so many records at least
 DEEPEST = 4096  # documents searched for one query, at the most; or twice as many as are wanted
 
 # (numbers of queries [Q], k) → scores float32 and numbers int32 of documents, [Q, k], best first
@@ -47,33 +48,35 @@ def candidates(collection: Collection, search: Search, searched: int, depth: int
       depth: how many candidates a record is to have.
       keep_given: drop the record's own negatives, because it keeps them.
     """
-    order = np.argsort(collection.query, kind="stable")  # records by query
-    ends = np.searchsorted(collection.query[order], np.arange(len(collection.queries) + 1))
+    records = np.argsort(collection.query, kind="stable")  # by query, so that few are searched for twice
+    if not len(records):
+        return
     deepest = min(searched, max(DEEPEST, 2 * depth))
-    for start in range(0, len(collection.queries), QUERIES):
-        queries = np.arange(start, min(start + QUERIES, len(collection.queries)))
-        records = order[ends[queries[0]] : ends[queries[-1] + 1]]
-        known = int(np.quantile(collection.most_known[queries], 0.9))
-        k = min(depth + min(known, depth) + 4, deepest)
-        while len(records):
+    known = int(np.quantile(collection.most_known, 0.9))
+    k = min(depth + min(known, depth) + 4, deepest)
+    while len(records):
+        again = []
+        size = max(LEAST, CELLS // k)
+        for start in range(0, len(records), size):
+            part = records[start : start + size]
+            queries, rows = np.unique(collection.query[part], return_inverse=True)
             scores, numbers = search(queries, k)
-            rows = np.searchsorted(queries, collection.query[records])
-            block = _block(collection, records, scores[rows], numbers[rows], depth, keep_given)
+            block = _block(collection, part, scores[rows], numbers[rows], depth, keep_given)
             short = (block.left.sum(axis=1) < depth) & (k < deepest)
             yield _rows(block, ~short)
-            records = records[short]
-            queries = np.unique(collection.query[records])
-            k = min(2 * k, deepest)
+            again.append(part[short])
+        records = np.concatenate(again)
+        k = min(2 * k, deepest)
 
 
 def _block(
     collection: Collection, records: np.ndarray, scores: np.ndarray, numbers: np.ndarray, depth: int, keep_given: bool
 ) -> Block:
-    queries, keys = collection.query[records], collection.document_keys[numbers]
+    asked, keys = collection.asked[collection.query[records]], collection.document_keys[numbers]
     dropped = {
         "equal text": rules.equal_text(records, keys, collection.own),
-        "known positive": rules.known_positive(queries, keys, collection.answers),
-        "same group": rules.same_group(queries, keys, collection.query_groups, collection.in_group),
+        "known positive": rules.known_positive(asked, keys, collection.answers),
+        "same group": rules.same_group(asked, keys, collection.groups_asked, collection.in_group),
         "given already": rules.given_already(records, keys, collection.given) & keep_given,
         "repeated text": rules.repeated_text(keys),
     }

@@ -1,7 +1,8 @@
 """Records, their distinct texts by number, and what is known of which text answers which query.
 
-All of it is held in the host's memory. Queries are the same where they are equal as strings; documents where they are
-equal once normalised (`text_keys.normalised`): such documents share a key.
+All of it is held in the host's memory. A query is an instruction and a text, and two of them are one where both are
+equal as strings, as are documents. Texts that are equal once normalised (`text_keys.normalised`) share a key. What is
+known of a query is known of all queries of its key, whatever their instructions.
 """
 
 import collections
@@ -80,7 +81,8 @@ class Collection:
 
     Attributes:
       records: R of them.
-      queries: Q distinct texts.
+      queries: the texts of Q queries.
+      instructions: of these queries, '' where there is none; no two queries have the same text and instruction.
       documents: D texts: those of the corpus, then positives and negatives of records that are not among them.
       n_corpus: how many are of the corpus.
       query: int64 [R], the number of each record's query.
@@ -89,6 +91,7 @@ class Collection:
 
     records: Sequence[Record]
     queries: list[str]
+    instructions: list[str]
     documents: list[str]
     n_corpus: int
     query: np.ndarray
@@ -108,19 +111,21 @@ class Collection:
         number: dict[str, int] = {}
         for i, text in enumerate(documents):
             number.setdefault(text, i)
-        n_corpus, queries = len(documents), {}
+        n_corpus = len(documents)
+        queries: dict[tuple[str, str], int] = {}
         for record in records:
-            queries.setdefault(record.query, len(queries))
+            queries.setdefault((record.query, record.instruction), len(queries))
             for text in (*record.positives, *record.negatives):
                 if text not in number:
                     number[text] = len(documents)
                     documents.append(text)
         return cls(
             records,
-            list(queries),
+            [text for text, _ in queries],
+            [instruction for _, instruction in queries],
             documents,
             n_corpus,
-            np.array([queries[record.query] for record in records], np.int64),
+            np.array([queries[record.query, record.instruction] for record in records], np.int64),
             Lists.of([[number[text] for text in record.positives] for record in records]),
             Lists.of([[number[text] for text in record.negatives] for record in records]),
         )
@@ -142,6 +147,21 @@ class Collection:
         """The key that a document equal to each query has, int64 [Q]."""
         return self._keys[len(self.documents) :]
 
+    @functools.cached_property
+    def _asked(self) -> tuple[np.ndarray, np.ndarray]:
+        """The distinct keys of queries, int64 [A], rising; and `asked`."""
+        return np.unique(self.query_keys, return_inverse=True)
+
+    @functools.cached_property
+    def asked(self) -> np.ndarray:
+        """The number of each query's key among the A distinct ones, int64 [Q]: what is known goes by it."""
+        return self._asked[1]
+
+    @property
+    def n_asked(self) -> int:
+        """A."""
+        return len(self._asked[0])
+
     def pairs(self, left_N: np.ndarray, keys_N: np.ndarray) -> Pairs:
         """Makes a set of pairs of some number and a document's key."""
         return Pairs.of(left_N, keys_N, len(self._keys))
@@ -159,21 +179,13 @@ class Collection:
 
     @functools.cached_property
     def answers(self) -> Pairs:
-        """Pairs (query, key): its positives in any record, and the queries that it answers in any record."""
-        positive = self._of_documents(self.positives)
-        asking = self.query[self.positives.owners]
-        number = {text: i for i, text in enumerate(self.queries)}
-        turned = np.array([number.get(self.documents[i], -1) for i in self.positives.values], np.int64)
-        left = np.concatenate([asking, turned[turned >= 0]])
-        return self.pairs(left, np.concatenate([positive, self.query_keys[asking][turned >= 0]]))
-
-    @functools.cached_property
-    def query_positives(self) -> Lists:
-        """Numbers of each query's positives in any record."""
-        lists: list[dict[int, None]] = [{} for _ in self.queries]
-        for owner, document in zip(self.query[self.positives.owners].tolist(), self.positives.values.tolist()):
-            lists[owner][document] = None
-        return Lists.of([list(each) for each in lists])
+        """Pairs (`asked`, key): its positives in any record, and the queries that it answers in any record."""
+        keys, positive = self._asked[0], self._of_documents(self.positives)
+        asking = self.asked[self.query[self.positives.owners]]
+        turned = np.minimum(np.searchsorted(keys, positive), max(len(keys) - 1, 0))
+        is_query = keys[turned] == positive
+        left = np.concatenate([asking, turned[is_query]])
+        return self.pairs(left, np.concatenate([positive, keys[asking][is_query]]))
 
     @functools.cached_property
     def _groups(self) -> np.ndarray:
@@ -183,12 +195,12 @@ class Collection:
         return np.array([numbers[name] if name[1] else -1 for name in named], np.int64)
 
     @functools.cached_property
-    def query_groups(self) -> Lists:
-        """Numbers of the groups that records of each query are in."""
-        lists: list[dict[int, None]] = [{} for _ in self.queries]
-        for query, group in zip(self.query.tolist(), self._groups.tolist()):
+    def groups_asked(self) -> Lists:
+        """Numbers of the groups that records of each of the A queries are in."""
+        lists: list[dict[int, None]] = [{} for _ in range(self.n_asked)]
+        for asked, group in zip(self.asked[self.query].tolist(), self._groups.tolist()):
             if group >= 0:
-                lists[query][group] = None
+                lists[asked][group] = None
         return Lists.of([list(each) for each in lists])
 
     @functools.cached_property
@@ -202,11 +214,11 @@ class Collection:
     @functools.cached_property
     def most_known(self) -> np.ndarray:
         """How many keys are known of each query, or its groups, at the most: int64 [Q]."""
-        width, n = self.answers.width, len(self.queries)
-        per_query = np.bincount(self.answers.codes // width, minlength=n)
+        width, n = self.answers.width, self.n_asked
+        per_asked = np.bincount(self.answers.codes // width, minlength=n)
         per_group = np.bincount(self.in_group.codes // width)
-        groups = self.query_groups
-        return 1 + per_query + np.bincount(groups.owners, per_group[groups.values], n).astype(np.int64)
+        groups = self.groups_asked
+        return (1 + per_asked + np.bincount(groups.owners, per_group[groups.values], n).astype(np.int64))[self.asked]
 
     def _of_documents(self, lists: Lists) -> np.ndarray:
         return self.document_keys[lists.values]

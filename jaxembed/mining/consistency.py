@@ -14,7 +14,13 @@ from jaxembed.mining.text_keys import hashes
 
 
 def consistent(
-    records: Sequence[Record], embedder: Embedder, first: int, pool: int, dropped: Dropped, bar: bool = False
+    records: Sequence[Record],
+    embedder: Embedder,
+    prompts: tuple[str, str],
+    first: int,
+    pool: int,
+    dropped: Dropped,
+    bar: bool = False,
 ) -> list[Record]:
     """Keeps pairs whose positive is among the first for its query, as the consistency filter of E5 does.
 
@@ -25,6 +31,7 @@ def consistent(
     Args:
       records: their positives and negatives are the documents.
       embedder: the model.
+      prompts: of queries and documents: see `scoring.prompts_of`.
       first: so many.
       pool: search among so many documents, drawn by a hash of their texts; all where there are no more.
       dropped: counts what is dropped.
@@ -36,7 +43,7 @@ def consistent(
     reason = f"positive not among the first {first}"
     dropped.name([reason])
     collection = Collection.of(records)
-    scorer = Scorer(embedder, collection, pool=drawn(collection.documents, pool), bar=bar)
+    scorer = Scorer(embedder, collection, prompts, pool=drawn(collection.documents, pool), bar=bar)
     positives = collection.positives
     scores = scorer.score(collection.query[positives.owners], positives.values)
     found = scores >= thresholds(collection, scorer, first)[positives.owners]

@@ -6,6 +6,7 @@ from typing import Any
 from jaxembed.config import SourceConfig
 from jaxembed.data.record_formats import BadRecord, Record
 from jaxembed.data.records import open_rows
+from jaxembed.data.rows import RowSource
 from jaxembed.data.sources import DATA_SETS, check_place, parse_spec
 from jaxembed.errors import UserError
 from jaxembed.evaluation.lines import stem
@@ -98,6 +99,11 @@ def places(spec: str) -> list[str]:
     return [spec]
 
 
+def sources(spec: str) -> list[RowSource]:
+    """Opens the sources of an evaluation set; see `places`."""
+    return [open_rows(SourceConfig(**parse_spec(place)), WHERE) for place in places(spec)]
+
+
 def _name(spec: str) -> str:
     if spec.startswith(tuple(f"{name}:" for name in DATA_SETS)):
         return spec
@@ -106,8 +112,7 @@ def _name(spec: str) -> str:
 
 def _texts(spec: str) -> Iterator[str]:
     """Yields the texts of a set."""
-    for place in places(spec):
-        source = open_rows(SourceConfig(**parse_spec(place)), WHERE)
+    for source in sources(spec):
         found = False
         for number, row in source.rows(_choose):
             if isinstance(row, BadRecord):
@@ -118,7 +123,7 @@ def _texts(spec: str) -> Iterator[str]:
             found = True
             yield from texts
         if not found:
-            raise UserError(f"{WHERE}: {place} is empty")
+            raise UserError(f"{WHERE}: {source.title} is empty")
 
 
 def _texts_of(row: dict[str, Any]) -> Iterator[str]:

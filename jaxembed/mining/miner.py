@@ -41,9 +41,9 @@ def mine(collection: Collection, search: Search, score: Score, settings: Setting
     """Finds hard negatives for all records.
 
     The rules come in the order of `candidates` and then: ranks before the window, absolute margin, relative margin,
-    ceiling, floor. Of a query's positives in all its records the lowest-scoring one decides about margins, as in
-    sentence-transformers. There, too, positives take up no rank; but a window that begins later than at the first rank
-    is laid there over what the margins have left, here over the model's ranking.
+    ceiling, floor. Of a query's positives in all its records, whatever its case and instruction there, the lowest score
+    decides about margins, as in sentence-transformers. There, too, positives take up no rank; but a window that begins
+    later than at the first rank is laid there over what the margins have left, here over the model's ranking.
 
     Args:
       collection: records and documents.
@@ -57,8 +57,9 @@ def mine(collection: Collection, search: Search, score: Score, settings: Setting
     given_scores = np.zeros(0, np.float32)
     if not settings.replace:
         given_scores = score(collection.query[collection.negatives.owners], collection.negatives.values)
-    lowest = np.full(len(collection.queries), np.inf, np.float32)
-    np.minimum.at(lowest, owners, positive_scores)
+    lowest = np.full(collection.n_asked, np.inf, np.float32)
+    np.minimum.at(lowest, collection.asked[owners], positive_scores)
+    lowest = lowest[collection.asked]
     wanted = np.full(len(collection.records), settings.negatives)
     if not settings.replace:
         wanted = np.maximum(wanted - collection.negatives.counts, 0)

@@ -69,7 +69,7 @@ def _panels(figure: "Figure", tally: Tally, unit: str) -> None:
     top, bottom = figure.subplots(2, 1, height_ratios=(1.5, 1))
     middles = (tally.edges[1:] + tally.edges[:-1]) / 2
     for name, colour in COLOURS.items():
-        counts = tally.histograms.get(name, np.zeros(len(middles)))
+        counts = tally.histograms[name]
         if not counts.sum():
             continue
         label = f"{LABELS[name]}: {int(counts.sum()):,}, mean {tally.mean(name):.3f}"

@@ -24,18 +24,18 @@ def repeated_text(keys_RxK: np.ndarray) -> np.ndarray:
     return dropped
 
 
-def known_positive(queries_R: np.ndarray, keys_RxK: np.ndarray, answers: Pairs) -> np.ndarray:
+def known_positive(asked_R: np.ndarray, keys_RxK: np.ndarray, answers: Pairs) -> np.ndarray:
     """Drops what answers the same query in any record, or is a query that this one answers: bool [R, K]."""
-    return answers.has(queries_R[:, None], keys_RxK)
+    return answers.has(asked_R[:, None], keys_RxK)
 
 
-def same_group(queries_R: np.ndarray, keys_RxK: np.ndarray, groups: Lists, in_group: Pairs) -> np.ndarray:
+def same_group(asked_R: np.ndarray, keys_RxK: np.ndarray, groups: Lists, in_group: Pairs) -> np.ndarray:
     """Drops the documents of all records of a group, or label, that a record of this query is in: bool [R, K]."""
     dropped = np.zeros(keys_RxK.shape, bool)
-    counts_R = groups.counts[queries_R]
+    counts_R = groups.counts[asked_R]
     for i in range(int(counts_R.max(initial=0))):
         rows = np.flatnonzero(counts_R > i)
-        group = groups.values[groups.start[queries_R[rows]] + i]
+        group = groups.values[groups.start[asked_R[rows]] + i]
         dropped[rows] |= in_group.has(group[:, None], keys_RxK[rows])
     return dropped
 

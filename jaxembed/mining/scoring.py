@@ -1,33 +1,32 @@
 """A model's view of a collection: which documents it finds for a query, and how near it finds a document."""
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from jaxembed import similarity
+from jaxembed.data.cache_writer import INSTRUCTION
 from jaxembed.embedder import Embedder
 from jaxembed.errors import UserError
 from jaxembed.evaluation.vectors import finite_vectors
 from jaxembed.mining.collection import Collection
-from jaxembed.vectors.exact import top_k
+from jaxembed.vectors.exact import Compared, top_k
 from jaxembed.vectors.folder import VectorFolder
-from jaxembed.vectors.quantize import PACKED
 
-AT_ONCE = 1 << 16  # pairs compared at a time
+AT_ONCE = 1 << 16  # pairs compared, or documents searched, at a time
 
 
 class Scorer:
     """Similarities by one model, as it compares vectors: cosines, dot products, or distances with a minus.
 
-    Each distinct query and document is encoded once, with the prompts 'query' and 'document'; documents when they are
-    first needed.
+    Each distinct query and document is encoded once; documents when they are first needed.
     """
 
     def __init__(
         self,
         embedder: Embedder,
         collection: Collection,
+        prompts: tuple[str, str] | None = None,
         stored: VectorFolder | None = None,
         pool: np.ndarray | None = None,
         bar: bool = False,
@@ -37,6 +36,7 @@ class Scorer:
         Args:
           embedder: the model.
           collection: the texts.
+          prompts: what stands before queries and before documents: see `prompts_of`; None = 'query' and 'document'.
           stored: vectors of the collection's corpus, `require_stored` has been asked about; None: they are encoded.
           pool: numbers of the documents that are searched, rising; None = all. Not with `stored`.
           bar: show progress on standard error.
@@ -46,10 +46,12 @@ class Scorer:
         """
         self.embedder, self.collection, self._stored, self._bar = embedder, collection, stored, bar
         self._pool = np.arange(len(collection.documents)) if pool is None else pool
+        self._prompts = prompts or prompts_of(embedder, "the model")
         self._similarity = embedder.blueprint.similarity
-        self._queries = self._encode(collection.queries, "query")
-        self._turned, _ = similarity.for_search(self._queries, self._queries[:1], self._similarity)
+        self._queries = self._encode_queries()
         self._documents = _Held(len(collection.documents), self._make)
+        searched = _Searched(self._documents, self._pool, stored, self._queries.shape[1])
+        self._compared = Compared(searched, self._similarity)
 
     @property
     def searched(self) -> int:
@@ -71,30 +73,31 @@ class Scorer:
 
         k is that of `top_k`, whose order it is.
         """
-        scores, numbers = top_k(self._turned[queries_Q], self._searched, k, self.embedder.mesh)
-        if self._similarity == "euclidean":  # from q·d - |d|²/2 to the distance
-            squares_Q = np.einsum("qe,qe->q", self._queries[queries_Q], self._queries[queries_Q], dtype=np.float64)
-            scores = -np.sqrt(np.maximum(squares_Q[:, None] - 2.0 * scores, 0)).astype(np.float32)
-        return scores, self._pool[numbers].astype(np.int32)
+        vectors = self._queries[queries_Q]
+        dots, numbers = top_k(self._compared.queries(vectors), self._compared, k, self.embedder.mesh)
+        return self._compared.scores(dots, vectors), self._pool[numbers].astype(np.int32)
 
-    @functools.cached_property
-    def _searched(self) -> "np.ndarray | _Turned":
-        """The documents that are searched, so that dot products with `_turned` rank them."""
-        if self._stored is None:
-            return similarity.for_search(self._queries[:1], self._documents.take(self._pool), self._similarity)[1]
-        added = self._documents.take(self._pool[self.collection.n_corpus :])
-        return _Turned(self._stored, added, self._queries[:1], self._similarity)
+    def _encode_queries(self) -> np.ndarray:
+        """Returns the queries' vectors, float32 [Q, E], each behind the prompt that its instruction fills."""
+        behind: dict[str, list[int]] = {}
+        for number, instruction in enumerate(self.collection.instructions):
+            behind.setdefault(self._prompts[0].replace(INSTRUCTION, instruction), []).append(number)
+        parts = [self._encode([self.collection.queries[i] for i in own], prompt) for prompt, own in behind.items()]
+        vectors = np.zeros((len(self.collection.queries), parts[0].shape[1] if parts else 0), np.float32)
+        for own, part in zip(behind.values(), parts):
+            vectors[own] = part
+        return vectors
 
-    def _encode(self, texts: Sequence[str], prompt_name: str) -> np.ndarray:
-        def encode(texts: list[str], name: str) -> np.ndarray:
-            distinct = list(dict.fromkeys(texts))  # a corpus may hold a text twice
-            vectors = self.embedder.encode(distinct, prompt_name=name, show_progress_bar=self._bar)
+    def _encode(self, texts: Sequence[str], prompt: str) -> np.ndarray:
+        def encode(texts: list[str], prompt: str) -> np.ndarray:
+            distinct = list(dict.fromkeys(texts))  # a corpus may hold a text twice, as may queries of one prompt
+            vectors = self.embedder.encode(distinct, prompt=prompt, show_progress_bar=self._bar)
             if len(distinct) == len(texts):
                 return vectors
             place = {text: i for i, text in enumerate(distinct)}
             return vectors[[place[text] for text in texts]]
 
-        return finite_vectors(encode, list(texts), prompt_name)
+        return finite_vectors(encode, list(texts), prompt)
 
     def _make(self, numbers_N: np.ndarray) -> np.ndarray:
         """Returns documents' vectors, float32 [N, E], numbers rising: the stored ones read, others encoded."""
@@ -102,12 +105,12 @@ class Scorer:
         split = int(np.searchsorted(numbers_N, n_stored))
         texts = [self.collection.documents[i] for i in numbers_N[split:]]
         if not split:
-            return self._encode(texts, "document")
+            return self._encode(texts, self._prompts[1])
         read = np.zeros((split, self._stored.width), np.float32)
         for start, block in self._stored.blocks():
             first, last = np.searchsorted(numbers_N[:split], (start, start + len(block)))
             read[first:last] = block[numbers_N[first:last] - start]
-        return np.concatenate([read, self._encode(texts, "document")]) if texts else read
+        return np.concatenate([read, self._encode(texts, self._prompts[1])]) if texts else read
 
 
 class _Held:
@@ -133,59 +136,46 @@ class _Held:
         return self._vectors if everything else self._vectors[places]
 
 
-class _Turned:
-    """Stored vectors and more behind them, made ready for `top_k` block by block."""
+class _Searched:
+    """The vectors that are searched: the stored ones, then what is held of those numbered in `pool`."""
 
-    def __init__(self, stored: VectorFolder, added: np.ndarray, query_1xE: np.ndarray, similarity: str) -> None:
-        self._stored, self._added, self._query, self._similarity = stored, added, query_1xE, similarity
-        self.width = self._turn(np.zeros((1, stored.width), np.float32)).shape[1]
+    def __init__(self, held: _Held, pool: np.ndarray, stored: VectorFolder | None, width: int) -> None:
+        self._held, self._pool, self._stored, self.width = held, pool, stored, width
 
     def __len__(self) -> int:
-        return len(self._stored) + len(self._added)
+        return len(self._pool)
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yields (number of the first, float32 [n, width])."""
-        for start, block in self._stored.blocks():
-            yield start, self._turn(block)
-        if len(self._added):
-            yield len(self._stored), self._turn(self._added)
+        if self._stored is not None:
+            yield from self._stored.blocks()
+        first = 0 if self._stored is None else len(self._stored)
+        self._held.need(self._pool[first:])
+        for start in range(first, len(self._pool), AT_ONCE):
+            yield start, self._held.take(self._pool[start : start + AT_ONCE])
 
-    def _turn(self, vectors: np.ndarray) -> np.ndarray:
-        return similarity.for_search(self._query, vectors, self._similarity)[1]
 
-
-def require_stored(stored: VectorFolder, ids: Sequence[str], embedder: Embedder, weights: str, where: str) -> None:
-    """Makes sure that stored vectors are those that the model would give for a corpus.
+def prompts_of(embedder: Embedder, said: str, query_name: str = "query", name: str = "document") -> tuple[str, str]:
+    """Returns a model's prompts for queries, `{instruction}` still in it, and for documents.
 
     Args:
-      stored: the folder.
-      ids: of the corpus's texts, in order.
       embedder: the model.
-      weights: `model_source.fingerprint` of the model.
-      where: the flag that names the folder.
+      said: the flag that names it, for messages.
+      query_name, name: theirs, the values of --query_prompt_name and --prompt_name; '' for no prompt.
 
     Raises:
-      UserError: what differs.
+      UserError: the model has no such prompt, or documents are to have an instruction.
     """
-    said = f"{where}={stored.path}"
-    if stored.manifest.weights != weights:
-        raise UserError(f"{said}: vectors of another model ({stored.model}): encode the corpus with --model")
-    if stored.dtype in PACKED:
-        raise UserError(f"{said}: {stored.dtype} vectors say too little for margins: wants float32, float16 or int8")
-    prompt = embedder.prompts["document"]
-    if stored.prompt != prompt:
-        raise UserError(f"{said}: encoded with the prompt {stored.prompt!r}, wants that of documents, {prompt!r}")
-    width = embedder.blueprint.truncate_dim or embedder.width
-    scaled = stored.similarity != "cosine" and stored.normalized != embedder.blueprint.head.unit
-    if stored.manifest.raw or stored.manifest.template or stored.width != width or scaled:
+    for flag, value in (("query_prompt_name", query_name), ("prompt_name", name)):
+        if value and value not in embedder.prompts:
+            raise UserError(f"--{flag}={value}: the prompts of {said} are {', '.join(embedder.prompts)}")
+    prompts = embedder.prompt_of(query_name), embedder.prompt_of(name)
+    if INSTRUCTION in prompts[1]:
         raise UserError(
-            f"{said}: encoded with --raw, --normalize, --dims or a template: wants the model's vectors as they are"
+            f"{said}: its prompt {name!r} has {INSTRUCTION}, but a document is searched for the queries of all "
+            "records: take a model, or a prompt, without"
         )
-    if len(stored) != len(ids):
-        raise UserError(f"{said}: {len(stored):,} vectors for {len(ids):,} texts of --corpus")
-    for number, (a, b) in enumerate(zip(ids, stored.ids()), 1):
-        if a != b:
-            raise UserError(f"{said}: text {number} is {b!r} there, and {a!r} in --corpus: the order must be the same")
+    return prompts
 
 
 def require_searchable(embedder: Embedder, said: str) -> None:

@@ -20,13 +20,15 @@ class Tally:
         """Begins with the scores of the positives."""
         self.dropped: dict[str, int] = {}
         self.candidates = self.left = self.chosen = 0
-        self.histograms: dict[str, np.ndarray] = {}
+        self.histograms = {name: np.zeros(BINS, np.int64) for name in ("positives", "negatives", "dropped")}
         self._positives, self._edges = positive_scores, np.zeros(0)
         self.sums = {"positives": (float(positive_scores.sum(dtype=np.float64)), len(positive_scores))}
 
     @property
     def edges(self) -> np.ndarray:
-        """The limits of the bins, float64 [BINS + 1]; none before the first scores. What lies beyond is in the last."""
+        """The limits of the bins, float64 [BINS + 1], from the first candidates. What lies beyond is in the last."""
+        if not len(self._edges):
+            self._begin(self._positives[:0])
         return self._edges
 
     def add(
@@ -56,7 +58,7 @@ class Tally:
         shown = dropped if rescored else {**known, **dropped}
         others = [mask for name, mask in shown.items() if name not in ("equal text", "given already")]
         out = np.logical_or.reduce(others) if others else np.zeros_like(left)
-        if not len(self._edges):
+        if not len(self._edges) and (out | left).any():
             self._begin(scores[out | left])
         self._spread("negatives", scores[chosen])
         self._spread("dropped", scores[out])
@@ -73,7 +75,9 @@ class Tally:
         self.histograms["positives"] = self._count(self._positives)
 
     def _spread(self, name: str, scores: np.ndarray) -> None:
-        self.histograms[name] = self.histograms.get(name, 0) + self._count(scores)
+        if not len(scores):
+            return
+        self.histograms[name] += self._count(scores)
         total, count = self.sums.get(name, (0.0, 0))
         self.sums[name] = total + float(scores.sum(dtype=np.float64)), count + len(scores)
 

@@ -28,8 +28,11 @@ def letters(text: str) -> str:
 
 
 def shingles(text: str, length: int) -> np.ndarray:
-    """Returns the distinct runs of so many words, of a shorter text all of it, as rising CRC-32 sums: uint32 [n]."""
-    found = words(text)
+    """Returns the distinct runs of so many words, of a shorter text all of it, as rising CRC-32 sums: uint32 [n].
+
+    Of a text without letters and digits, such as emoji, each character is a word.
+    """
+    found = words(text) or list(normalised(text).replace(" ", ""))
     starts = range(max(1, len(found) - length + 1))
     return np.unique(np.fromiter((zlib.crc32(" ".join(found[i : i + length]).encode()) for i in starts), np.uint32))
 

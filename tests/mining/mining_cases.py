@@ -15,13 +15,16 @@ def text(rng: np.random.Generator, n: int = 12) -> str:
 
 
 def records(seed: int, n: int = 12, named: bool = True) -> list[Record]:
-    """Random records whose texts often meet, with groups, labels and negatives."""
+    """Random records whose texts often meet, with instructions, groups, labels and negatives."""
     rng = np.random.default_rng(seed)
     made = []
     for i in range(n):
         pick = lambda least, most: tuple(text(rng) for _ in range(rng.integers(least, most + 1)))  # noqa: E731
+        instruction = ("", "", "find")[int(rng.integers(3))]
         name = {0: {"group": f"g{rng.integers(3)}"}, 1: {"label": f"g{rng.integers(3)}"}}.get(int(rng.integers(6)), {})
-        made.append(Record(text(rng), pick(1, 3), pick(0, 2), id=f"r{i}", **(name if named else {})))
+        made.append(
+            Record(text(rng), pick(1, 3), pick(0, 2), id=f"r{i}", instruction=instruction, **(name if named else {}))
+        )
     return made
 
 
@@ -41,8 +44,8 @@ def why_not(record: Record, document: str, everything: list[Record], keep_given:
 
     if among([record.query, *record.positives]):
         return "equal text"
-    alike = [other for other in everything if other.query == record.query]
-    asking = [other.query for other in everything if record.query in other.positives]
+    alike = [other for other in everything if same(other.query, record.query)]
+    asking = [other.query for other in everything if any(same(record.query, p) for p in other.positives)]
     if among([p for other in alike for p in other.positives] + asking):
         return "known positive"
     names = {name(other) for other in alike} - {None}
@@ -64,8 +67,8 @@ def by_hand(everything, documents, scores, decisive, settings, hash_of):
     Args:
       everything: all records.
       documents: their texts, in order.
-      scores: (query, document) → the first model's score.
-      decisive: (query, document) → the score that margins are about.
+      scores: (record, document) → the first model's score for the record's query.
+      decisive: (record, document) → the score that margins are about.
       settings: a `Settings`.
       hash_of: text → its hash.
 
@@ -74,7 +77,7 @@ def by_hand(everything, documents, scores, decisive, settings, hash_of):
     """
     taken, dropped = [], {}
     for record in everything:
-        ranked = sorted(range(len(documents)), key=lambda i: (-scores(record.query, documents[i]), i))
+        ranked = sorted(range(len(documents)), key=lambda i: (-scores(record, documents[i]), i))
         left, reasons, seen = [], [], []
         for i in ranked:
             if len(left) == settings.last:
@@ -84,11 +87,11 @@ def by_hand(everything, documents, scores, decisive, settings, hash_of):
                 reason = "repeated text"
             (reasons if reason else left).append(reason or documents[i])
             seen.append(documents[i])
-        positives = [p for other in everything if other.query == record.query for p in other.positives]
-        lowest = min(decisive(record.query, p) for p in positives)
+        alike = [other for other in everything if same(other.query, record.query)]
+        lowest = min(decisive(other, p) for other in alike for p in other.positives)
         rest = []
         for rank, document in enumerate(left):
-            score = decisive(record.query, document)
+            score = decisive(record, document)
             s = settings
             if rank < s.first:
                 reasons.append("before the window")

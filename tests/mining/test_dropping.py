@@ -79,6 +79,14 @@ def test_near_duplicates(threshold):
     assert len(dropped.examples["near duplicate"]) == SHOWN
 
 
+def test_near_duplicates_without_letters():
+    records = [
+        Record(query, (positive,)) for query, positive in (("?", "\U0001f600 !"), ("...", "***"), ("?", "\U0001f600!"))
+    ]
+    kept, _ = sieved([*records, Record("word", ("***",)), Record(" ", (" ",))], NearDuplicates(0.8))
+    assert [record.query for record in kept] == ["?", "...", "word", " "]
+
+
 def test_bands_find_most_pairs_at_the_threshold():
     for threshold in (0.1, 0.5, 0.8, 0.95, 1.0):
         count, rows = bands(threshold)
@@ -152,7 +160,7 @@ def test_consistency(pool):
     records += [Record(texts[0], (texts[55],), (texts[56],), scores=(2, 1)), Record(texts[25], (texts[56],), group="g")]
     records += [Record(texts[26], (texts[57], texts[58]), group="g", scores=(0.5, 0.25))]
     dropped = Dropped()
-    kept = consistent(records, embedder, 3, pool, dropped)
+    kept = consistent(records, embedder, ("", ""), 3, pool, dropped)
     documents = list(dict.fromkeys(text for r in records for text in (*r.positives, *r.negatives)))
     chosen = [documents[i] for i in drawn(documents, pool)]
     assert len(chosen) == min(pool, len(documents))

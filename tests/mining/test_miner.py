@@ -12,6 +12,7 @@ from jaxembed.mining import candidates, rules
 from jaxembed.mining.collection import Collection
 from jaxembed.mining.miner import mine
 from jaxembed.mining.settings import Settings, require
+from jaxembed.mining.tally import Tally
 from jaxembed.mining.text_keys import hashes
 
 SETTINGS = {
@@ -34,19 +35,20 @@ class Scores:
         )
         self.table = self.table[:, : len(collection.documents)]
         self.place = {text: i for i, text in enumerate(collection.documents)}
-        self.row = {text: i for i, text in enumerate(collection.queries)}
-        self.depths = []
+        self.row = {query: i for i, query in enumerate(zip(collection.queries, collection.instructions))}
+        self.depths, self.searched = [], []
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         self.depths.append(k)
+        self.searched.append(len(queries))
         numbers = np.argsort(-self.table[queries], axis=1, kind="stable")[:, :k].astype(np.int32)
         return np.take_along_axis(self.table[queries], numbers, axis=1), numbers
 
     def score(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
         return self.table[queries, documents]
 
-    def of(self, query: str, document: str) -> float:
-        return float(self.table[self.row[query], self.place[document]])
+    def of(self, record: Record, document: str) -> float:
+        return float(self.table[self.row[record.query, record.instruction], self.place[document]])
 
 
 def hash_of(text: str) -> int:
@@ -56,7 +58,8 @@ def hash_of(text: str) -> int:
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("seed", range(4))
 def test_what_is_taken_is_what_loops_take(name, seed, monkeypatch):
-    monkeypatch.setattr(candidates, "QUERIES", 5)
+    monkeypatch.setattr(candidates, "CELLS", 1)
+    monkeypatch.setattr(candidates, "LEAST", 5)
     settings = SETTINGS[name]
     everything, corpus = records(seed), [f"corpus {i}" for i in range(9)] + ["Corpus 3", "ALPHA 0"]
     collection = Collection.of(everything, corpus, distinct=seed % 2 == 0)
@@ -71,9 +74,9 @@ def test_what_is_taken_is_what_loops_take(name, seed, monkeypatch):
         assert (mined.scores == decisive.table[collection.query[owners], mined.negatives.values]).all()
         assert mined.tally.histograms["negatives"].sum() == mined.tally.chosen == len(mined.scores)
         assert mined.tally.chosen or name == "margins"
-    positives = [decisive.of(r.query, text) for r in everything for text in r.positives]
+    positives = [decisive.of(r, text) for r in everything for text in r.positives]
     assert mined.positive_scores.tolist() == positives
-    given = [decisive.of(r.query, text) for r in everything for text in r.negatives]
+    given = [decisive.of(r, text) for r in everything for text in r.negatives]
     assert mined.given_scores.tolist() == ([] if settings.replace else given)
 
 
@@ -106,9 +109,39 @@ def test_the_search_goes_deeper_where_a_group_fills_the_first_ranks(monkeypatch)
 
     monkeypatch.setattr(Collection, "most_known", np.ones(len(everything), np.int64))  # as if no group were known
     assert found() == want and scores.depths == [9, 18, 36, 70]
+    monkeypatch.setattr(candidates, "CELLS", 200)
+    monkeypatch.setattr(candidates, "LEAST", 4)
+    scores.depths, scores.searched = [], []
+    assert found() == want and {*scores.depths} == {9, 18, 36, 70}
+    assert all(n <= max(200 // k, 4) for n, k in zip(scores.searched, scores.depths))
+    assert scores.searched[:4] == [22, 22, 22, 4] and scores.searched[4] == 11 and scores.searched[-1] == 4
+    scores.depths = []
     monkeypatch.setattr(candidates, "DEEPEST", 30)
-    assert [len(texts) for texts in found()] == [0] * 40 + [3] * 30 and max(scores.depths[4:]) == 30
+    assert [len(texts) for texts in found()] == [0] * 40 + [3] * 30 and max(scores.depths) == 30
     assert all(want)
+
+
+def test_queries_that_differ_in_their_instruction_share_what_is_known():
+    everything = [Record("Q ", ("p1",), instruction="a"), Record("q", ("p2",), instruction="b"), Record("q", ("p1",))]
+    everything += [Record("P3", ("Q",)), Record("x", ("p3", "n1", "n2"))]
+    collection = Collection.of(everything)
+    assert collection.queries[:3] == ["Q ", "q", "q"] and collection.instructions == ["a", "b", "", "", ""]
+    scores = Scores(collection, 0)
+    scores.table[:] = np.arange(len(collection.documents))
+    mined = mine(collection, scores.search, scores.score, Settings(6))
+    taken = [{collection.documents[i] for i in mined.negatives[number]} for number in range(3)]
+    assert taken == [{"n1", "n2"}] * 3
+
+
+def test_the_histogram_begins_with_the_first_candidates():
+    tally = Tally(np.array([5.0, 6.0], np.float32))
+    nothing, some = np.zeros((0, 3), bool), np.array([[True, True, False]])
+    tally.add(np.zeros((0, 3), np.float32), {}, {}, nothing, nothing, rescored=False)
+    tally.add(np.array([[2.0, 1.0, 0.0]], np.float32), {"same group": ~some}, {}, some, some, rescored=False)
+    assert tally.edges[0] < 0 < 6 < tally.edges[-1] and tally.histograms["positives"].sum() == 2
+    places = [np.flatnonzero(tally.histograms[name]) for name in ("dropped", "negatives", "positives")]
+    assert [len(each) for each in places] == [1, 2, 2] and (np.diff(np.concatenate(places)) > 0).all()
+    assert (Tally(np.ones(2, np.float32)).edges < 2).all()
 
 
 def test_draws_depend_on_texts_alone():
