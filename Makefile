@@ -1,5 +1,5 @@
 # make quickstart  set up .venv and train a small code-search model, in minutes       make test   set up .venv, run all tests
-# make bench       the benchmarks (minutes each)                                      make lint   ruff
+# make bench       the benchmarks (minutes each, encode_memory an hour)               make lint   ruff
 # make test-aot    set up .venv-aot (2 GB) and compile every config's step for the TPUs and GPUs that it names, without any
 # make test-survival   kill a run of two processes ten times, and tell it to stop ten times (8 minutes)
 PYTHON ?= python3
@@ -71,6 +71,10 @@ bench: setup
 	$(BIN)/python -m benchmarks.mteb_parity
 	$(BIN)/python -m benchmarks.expert_layer
 	$(BIN)/python -m benchmarks.upcycled
+	$(BIN)/python -m benchmarks.encode_speed
+	$(BIN)/python -m benchmarks.search_flat
+	$(BIN)/python -m benchmarks.mined_negatives
+	$(BIN)/python -m benchmarks.encode_memory
 	$(BIN)/python -m benchmarks.wrong_inputs
 
 clean:
