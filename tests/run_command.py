@@ -1,5 +1,7 @@
 """Runs a command in this process, on a tiny model, through its own flags."""
 
+import contextlib
+import json
 import runpy
 import sys
 
@@ -9,6 +11,17 @@ from absl import flags
 from jaxembed import cli, model_source
 from jaxembed.embedder import Embedder
 from jaxembed.reporting import curves
+
+
+class Recorder(contextlib.nullcontext):
+    """Process 0 of two; keeps what they must have in common."""
+
+    def __init__(self) -> None:
+        super().__init__(self)
+        self.main, self.count, self.said = True, 2, {}
+
+    def require_same(self, what: str, value: object) -> None:
+        self.said |= {what: json.loads(json.dumps(value))}
 
 
 def run(monkeypatch, capsys, name: str, *args: str, model=None, teacher=None) -> tuple[int, str, str]:

@@ -1,6 +1,5 @@
 """The command that cleans: which records are left, in which order the rules come, what is refused."""
 
-import contextlib
 import json
 import pathlib
 
@@ -29,17 +28,6 @@ def pairs(tmp_path) -> pathlib.Path:
     return path
 
 
-class Recorder(contextlib.nullcontext):
-    """Process 0 of two; keeps what they must have in common."""
-
-    def __init__(self) -> None:
-        super().__init__(self)
-        self.main, self.count, self.said = True, 2, {}
-
-    def require_same(self, what: str, value: object) -> None:
-        self.said |= {what: json.loads(json.dumps(value))}
-
-
 def test_each_rule_drops_what_it_is_for(pairs, tmp_path, monkeypatch, capsys):
     sts = tmp_path / "dev.jsonl"
     sts.write_text(json.dumps({"sentence1": f"{TEXTS[50].title()}!", "sentence2": "other", "score": 1}) + "\n")
@@ -49,7 +37,7 @@ def test_each_rule_drops_what_it_is_for(pairs, tmp_path, monkeypatch, capsys):
         "near": ["--near_duplicates=0.7"],
         "noise": ["--consistency=3", "--model=tiny"],
     }
-    peers = Recorder()
+    peers = run_command.Recorder()
     monkeypatch.setattr(distributed, "connect", lambda: peers)
     everything = [json.loads(line)["id"] for line in pairs.read_text().splitlines()]
 

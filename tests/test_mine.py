@@ -1,6 +1,5 @@
 """The command that mines: records in, records out, as training reads them."""
 
-import contextlib
 import dataclasses
 import io
 import json
@@ -43,17 +42,6 @@ def pairs(tmp_path) -> pathlib.Path:
 def corpus(tmp_path) -> pathlib.Path:
     rows = [{"_id": f"d{i}", "text": text} for i, text in enumerate([*TEXTS[25:39], TEXTS[45], TEXTS[30]])]
     return write(tmp_path / "corpus.jsonl", rows)
-
-
-class Recorder(contextlib.nullcontext):
-    """Process 0 of two; keeps what they must have in common."""
-
-    def __init__(self) -> None:
-        super().__init__(self)
-        self.main, self.count, self.said = True, 2, {}
-
-    def require_same(self, what: str, value: object) -> None:
-        self.said |= {what: json.loads(json.dumps(value))}
 
 
 def read(path) -> list:
@@ -165,7 +153,7 @@ def test_stored_vectors_give_the_same_records(pairs, corpus, tmp_path, monkeypat
 def test_a_teacher_decides_and_scores(pairs, tmp_path, monkeypatch, capsys):
     teacher = word_models.make("llama both ways")
     out = tmp_path / "mined.parquet"
-    peers = Recorder()
+    peers = run_command.Recorder()
     monkeypatch.setattr(distributed, "connect", lambda: peers)
     args = ("--teacher=other", "--replace", "--max_score=0.5", "--range=1:20", "--require_full", "--negatives=2")
     assert mine(monkeypatch, capsys, pairs, out, *args, teacher=teacher)[0] == 0

@@ -24,10 +24,19 @@ def finite_vectors(encode: Encode, texts: list[str], prompt_name: str) -> np.nda
     Raises:
       UserError: a vector is not finite.
     """
-    vectors_NxE = np.asarray(encode(texts, prompt_name), np.float32)
+    return require_finite(np.asarray(encode(texts, prompt_name), np.float32))
+
+
+def require_finite(vectors_NxE: np.ndarray) -> np.ndarray:
+    """Returns the vectors.
+
+    Raises:
+      UserError: one is not finite.
+    """
     broken = int((~np.isfinite(vectors_NxE)).any(axis=1).sum())
     if broken:
         raise UserError(
-            f"{broken} of {len(texts)} vectors are not finite: the model's weights are broken, or overflow in its dtype"
+            f"{broken} of {len(vectors_NxE)} vectors are not finite: the model's weights are broken, or overflow in "
+            "its dtype"
         )
     return vectors_NxE

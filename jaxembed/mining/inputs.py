@@ -11,7 +11,7 @@ from jaxembed.embedder import Embedder
 from jaxembed.errors import UserError
 from jaxembed.run_folder import differences
 from jaxembed.storage import stamp
-from jaxembed.vectors.folder import VectorFolder
+from jaxembed.vectors.folder import VectorFolder, files_said
 from jaxembed.vectors.quantize import PACKED
 
 
@@ -93,7 +93,7 @@ def _require_source(
 ) -> None:
     """Refuses vectors of other rows, columns or lengths."""
     manifest = stored.manifest
-    files = [[file[0].replace("\\", "/").rpartition("/")[2], *file[1:]] for file in manifest.files]
+    files = files_said(manifest.files)
     there = {"files": files, "rows": list(manifest.rows), "field": manifest.field, "id_field": manifest.id_field}
     here = {**rows_said(source), "field": columns[0], "id_field": columns[1]}
     different = differences(there | {"max_length": manifest.max_length}, here | {"max_length": max_length})

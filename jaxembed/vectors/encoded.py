@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxembed.embedder import WINDOW, Embedder
 from jaxembed.errors import UserError
+from jaxembed.evaluation.vectors import require_finite
 from jaxembed.run_folder import write_whole
 from jaxembed.storage import AnyPath
 
@@ -41,10 +42,7 @@ class CachedEncoder:
         vectors = self._kept(place, len(texts)) if place else None
         if vectors is not None:
             return vectors
-        vectors = self.embedder.encode(texts, prompt_name=prompt_name, show_progress_bar=True)
-        broken = int((~np.isfinite(vectors)).any(axis=1).sum())
-        if broken:
-            raise UserError(f"{broken} of {len(texts)} vectors are not finite: the model's weights are broken")
+        vectors = require_finite(self.embedder.encode(texts, prompt_name=prompt_name, show_progress_bar=True))
         if place:
             self._keep(place, vectors)
         return vectors

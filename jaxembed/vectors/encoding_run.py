@@ -21,7 +21,7 @@ from jaxembed.data.texts import TextReader
 from jaxembed.distributed import Peers
 from jaxembed.embedder import Embedder
 from jaxembed.encoding import DeviceBatch, TokenizedTexts
-from jaxembed.errors import UserError
+from jaxembed.evaluation.vectors import require_finite
 from jaxembed.vectors.folder import ShardWriter
 from jaxembed.vectors.quantize import CALIBRATED, quantize, ranges_of
 
@@ -149,12 +149,7 @@ class Encoding:
                 yield Shard(number, list(ids), tokenized, self.reader.source.done)
 
     def _write(self, shard: Shard, vectors_NxE: np.ndarray) -> None:
-        broken = int((~np.isfinite(vectors_NxE)).any(axis=1).sum())
-        if broken:
-            raise UserError(
-                f"{broken} of {len(shard.ids)} vectors are not finite: the model's weights are broken, or overflow in "
-                "its dtype"
-            )
+        require_finite(vectors_NxE)
         for writer in self.writers:
             vectors = self._finished(vectors_NxE, writer)
             writer.write(shard.number, shard.ids, quantize(vectors, writer.manifest.dtype, writer.ranges()))

@@ -294,8 +294,12 @@ def _plain(manifest: Manifest) -> dict[str, Any]:
 
 def _decisive(encoding: dict[str, Any]) -> dict[str, Any]:
     """Leaves out what only says how the user named things, and where files lie."""
-    files = [[file[0].replace("\\", "/").rpartition("/")[2], *file[1:]] for file in encoding["files"]]
-    return {**encoding, "model": "", "input": "", "files": files}
+    return {**encoding, "model": "", "input": "", "files": files_said(encoding["files"])}
+
+
+def files_said(files: Sequence[Sequence[int | str]]) -> list[list[int | str]]:
+    """Returns a manifest's files by their names alone, wherever they lay."""
+    return [[file[0].replace("\\", "/").rpartition("/")[2], *file[1:]] for file in files]
 
 
 def _name(shard: int, layout: str) -> str:
