@@ -24,8 +24,6 @@ queries' floats, what sentence-transformers calls rescoring, for all of them. Pr
 """
 
 import dataclasses
-import gzip
-import io
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -39,7 +37,7 @@ from jaxembed.distributed import Peers, connect
 from jaxembed.errors import UserError
 from jaxembed.host_memory import keep_freed_memory
 from jaxembed.storage import AnyPath, path_of, sizes
-from jaxembed.vectors.writing import replacing
+from jaxembed.vectors.writing import replacing, text_stream
 
 if TYPE_CHECKING:
     from jaxembed.vectors.exact import Compared
@@ -294,17 +292,8 @@ def write_run(
       UserError: it cannot be written.
     """
     lines = _jsonl if _is_jsonl(path) else _trec
-    with (
-        replacing(path, "--out") as part,
-        open(part, "wb") as file,
-        _packed(file, path) as packed,
-        io.TextIOWrapper(packed, "utf-8") as text,
-    ):
+    with replacing(path, "--out") as part, text_stream(part, path.name.endswith(".gz")) as text:
         text.writelines(lines(queries, documents, scores, tag))
-
-
-def _packed(file: io.BufferedWriter, path: AnyPath) -> io.BufferedIOBase:
-    return gzip.GzipFile("", "wb", fileobj=file, mtime=0) if path.name.endswith(".gz") else file
 
 
 def _jsonl(queries: Sequence[str], documents: Sequence[Sequence[str]], scores: np.ndarray, tag: str) -> Iterator[str]:

@@ -1,8 +1,5 @@
 """Records out: JSON lines or parquet of the format 'jaxembed', which training takes as they are."""
 
-import contextlib
-import gzip
-import io
 import itertools
 import json
 import os
@@ -15,6 +12,7 @@ from jaxembed import storage
 from jaxembed.data.record_formats import Record
 from jaxembed.errors import UserError
 from jaxembed.storage import AnyPath, path_of
+from jaxembed.vectors.writing import text_stream
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
 _GROUP = 8192  # rows written to a parquet file together
@@ -118,18 +116,9 @@ def write_records(path: AnyPath, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def _write_lines(part: pathlib.Path, rows: Iterator[dict[str, Any]], name: str) -> None:
-    with _stream(part, name.endswith(".gz")) as stream:
+    with text_stream(part, name.endswith(".gz")) as stream:
         for row in rows:
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-@contextlib.contextmanager
-def _stream(part: pathlib.Path, zipped: bool) -> Iterator[io.TextIOWrapper]:
-    with contextlib.ExitStack() as stack:
-        raw = stack.enter_context(part.open("wb"))
-        if zipped:  # without name and time, so that the bytes say the rows alone
-            raw = stack.enter_context(gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0))
-        yield stack.enter_context(io.TextIOWrapper(raw, encoding="utf-8", newline="\n"))
 
 
 def _write_parquet(part: pathlib.Path, rows: Iterator[dict[str, Any]], _: str) -> None:

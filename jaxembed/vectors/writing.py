@@ -1,6 +1,8 @@
 """Files that are written piece by piece, and are there whole or not at all."""
 
 import contextlib
+import gzip
+import io
 import os
 import pathlib
 from collections.abc import Iterator
@@ -32,3 +34,13 @@ def replacing(path: AnyPath, where: str) -> Iterator[pathlib.Path]:
         with contextlib.suppress(OSError):
             part.unlink()
     publish(path)
+
+
+@contextlib.contextmanager
+def text_stream(part: pathlib.Path, zipped: bool) -> Iterator[io.TextIOWrapper]:
+    """Opens a file for text in UTF-8, zipped without name and time, so that the bytes say the text alone."""
+    with contextlib.ExitStack() as stack:
+        raw = stack.enter_context(part.open("wb"))
+        if zipped:
+            raw = stack.enter_context(gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0))
+        yield stack.enter_context(io.TextIOWrapper(raw, encoding="utf-8", newline="\n"))
